@@ -1,0 +1,302 @@
+"""What to make, what may be approximated, where it runs: the three kinds of settings, never mixed. Standard library only.
+
+| dataclass   | answers                  | may change the picture?                                     |
+|-------------|--------------------------|-------------------------------------------------------------|
+| `Request`   | what to make             | it is the picture                                           |
+| `Precision` | what may be approximated | yes, by a stated and measured error; the default is exact   |
+| `Placement` | where it runs            | never, beyond float rounding                                |
+
+Every default has its one home here; `ModelSpec` holds the published constants of a task.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+
+class WanError(Exception):
+    """An error that a user can act on: one line, an optional hint, and the exit code it ends a command with."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class RunError(WanError):
+    """The run failed while running."""
+
+
+class RequestError(WanError, ValueError):
+    """The request was wrong: a flag, a size, a missing or broken file. Nothing was loaded."""
+
+    exit_code = 2
+
+
+class DoesNotFit(WanError):
+    """Disk, host memory or GPU memory does not hold it. Nothing was loaded."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The published constants of a task. Widths, depths and heads come from the checkpoint instead.
+
+    Source: the published `wan/configs/wan_t2v_A14B.py` and `shared_config.py`.
+    """
+
+    task: str
+    experts: tuple[str, str] = ("high_noise_model", "low_noise_model")  # in the order they work
+    width: int = 1280
+    height: int = 720
+    num_frames: int = 81
+    fps: int = 16
+    num_steps: int = 40
+    shift: float = 12.0
+    solver: str = "unipc"
+    guidance_high: float = 4.0
+    guidance_low: float = 3.0
+    boundary: float = 0.875  # of the 1000 training timesteps
+    num_train_timesteps: int = 1000
+    latent_channels: int = 16
+    temporal_stride: int = 4
+    spatial_stride: int = 8
+    trained_frames: int = 81
+    text_len: int = 512
+    negative_prompt: str = (
+        "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+        "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+        "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+    )
+
+
+MODEL_SPECS = {spec.task: spec for spec in (ModelSpec("t2v-A14B"),)}
+DEFAULT_TASK = "t2v-A14B"
+_SPEC = MODEL_SPECS[DEFAULT_TASK]
+
+SOLVERS = ("unipc", "dpm++", "euler")
+SIZES = {"720p": (1280, 720), "480p": (832, 480)}
+SIDE_MULTIPLE = 16  # the VAE's 8 times the transformer's patch of 2
+MAX_SIDE = 1024 * SIDE_MULTIPLE  # the rotary table's 1024 positions an axis
+MAX_FRAMES = 1024 * _SPEC.temporal_stride - 3
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`1280*720`, `1280x720`, `720p` or `480p` → (width, height) in pixels. Raises RequestError."""
+    if text.lower() in SIZES:
+        return SIZES[text.lower()]
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[*xX×]\s*(\d{1,6})\s*", text)
+    if not match:
+        raise RequestError(f"--size {text}: not a size", hint=f"say WIDTHxHEIGHT, or one of {', '.join(SIZES)}")
+    return int(match[1]), int(match[2])
+
+
+def _nearest(value: int, step: int, offset: int, largest: int) -> str:
+    """The two nearest allowed values around `value` on the grid offset + n · step, in words."""
+    below = (value - offset) // step * step + offset
+    near = [candidate for candidate in (below, below + step) if max(offset, 1) <= candidate <= largest]
+    return " and ".join(map(str, near or [max(offset, step)]))
+
+
+def _check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if not numeric or (kind is int and not isinstance(value, int)) or not math.isfinite(value):
+        raise RequestError(f"{name}: {value!r} is not {'a whole number' if kind is int else 'a number'}")
+    if not low <= value <= high:
+        raise RequestError(f"{name}: {value} is outside {low:g} to {high:g}")
+
+
+class _Settings:
+    """Reading the dataclasses below from tables that people and files wrote."""
+
+    @classmethod
+    def from_dict(cls, table: dict[str, Any], where: str = "") -> Self:
+        """A table of exactly this dataclass's names; an unknown one is an error that names it. Raises RequestError."""
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name in table:
+            if name not in known:
+                raise RequestError(f"{where or cls.__name__}: unknown key {name!r}", hint=f"known: {', '.join(sorted(known))}")
+        return cls(**table)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Request(_Settings):
+    """What to make. Sizes in pixels, `num_frames` pixel frames at `fps` a second, `boundary` as a fraction of 1000."""
+
+    prompt: str
+    negative_prompt: str = _SPEC.negative_prompt
+    task: str = DEFAULT_TASK
+    width: int = _SPEC.width
+    height: int = _SPEC.height
+    num_frames: int = _SPEC.num_frames
+    fps: int = _SPEC.fps
+    num_steps: int = _SPEC.num_steps
+    shift: float = _SPEC.shift
+    solver: str = _SPEC.solver
+    guidance_high: float = _SPEC.guidance_high
+    guidance_low: float = _SPEC.guidance_low
+    boundary: float = _SPEC.boundary
+    seed: int | None = None  # None: one is drawn, told and recorded
+    noise_device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.task not in MODEL_SPECS:
+            raise RequestError(f"--task {self.task}: unknown task", hint=f"known: {', '.join(MODEL_SPECS)}")
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise RequestError(f"{name}: {getattr(self, name)!r} is not text")
+        if not self.prompt.strip():
+            raise RequestError("--prompt: the prompt is empty", hint='say what to show: --prompt "a red ball rolls"')
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            _check_number(name, value, int, 1, MAX_SIDE)
+            if value % SIDE_MULTIPLE:
+                near = _nearest(value, SIDE_MULTIPLE, 0, MAX_SIDE)
+                raise RequestError(f"--size: {name} {value} is not a multiple of {SIDE_MULTIPLE}", hint=f"nearest: {near}")
+        _check_number("--frames", self.num_frames, int, 1, MAX_FRAMES)
+        stride = self.spec.temporal_stride
+        if self.num_frames % stride != 1:
+            near = _nearest(self.num_frames, stride, 1, MAX_FRAMES)
+            raise RequestError(f"--frames: {self.num_frames} is not of the form {stride}n + 1", hint=f"nearest: {near}")
+        _check_number("--fps", self.fps, int, 1, 240)
+        _check_number("--steps", self.num_steps, int, 1, self.spec.num_train_timesteps)
+        _check_number("--shift", self.shift, float, 0.01, 100)
+        if self.solver not in SOLVERS:
+            raise RequestError(f"--solver {self.solver}: unknown solver", hint=f"known: {', '.join(SOLVERS)}")
+        _check_number("--guidance", self.guidance_high, float, 0, 100)
+        _check_number("--guidance-low", self.guidance_low, float, 0, 100)
+        _check_number("boundary", self.boundary, float, 0, 1)
+        if self.seed is not None:
+            _check_number("--seed", self.seed, int, 0, 2**63 - 1)
+        if self.noise_device not in ("cpu", "cuda"):
+            raise RequestError(f"--noise-device {self.noise_device}: neither cpu nor cuda")
+
+    @property
+    def spec(self) -> ModelSpec:
+        return MODEL_SPECS[self.task]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """[C, T, H, W] of the latents."""
+        spec = self.spec
+        frames = (self.num_frames - 1) // spec.temporal_stride + 1
+        return spec.latent_channels, frames, self.height // spec.spatial_stride, self.width // spec.spatial_stride
+
+    def warnings(self) -> list[str]:
+        """What is allowed and known to disappoint."""
+        if self.num_frames > self.spec.trained_frames:
+            return [
+                f"{self.num_frames} frames: the model was trained on {self.spec.trained_frames}; longer videos tend to "
+                "have burnt first frames"
+            ]
+        return []
+
+
+@dataclass(frozen=True)
+class Precision(_Settings):
+    """What may be approximated; the default is the `exact` recipe.
+
+    weights: `float32`, `bf16`, or `auto`: bf16 on a GPU, float32 on a CPU. The text encoder has the same dtype (as
+    published); the VAE is float32. What `exact` keeps in float32 beside bf16 weights stands in model.py.
+    """
+
+    weights: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("auto", "float32", "bf16"):
+            raise RequestError(f"--dtype {self.weights}: unknown dtype", hint="known: auto, float32, bf16")
+
+    def resolve(self, device: str) -> "Precision":
+        """`auto` made definite for a device type (`cpu`, `cuda`)."""
+        return Precision("float32" if device == "cpu" else "bf16") if self.weights == "auto" else self
+
+
+@dataclass(frozen=True)
+class Placement(_Settings):
+    """Where it runs. Never changes the picture, beyond float rounding.
+
+    device: `auto`, `cpu`, `cuda`, `cuda:N`; offload: `none` keeps both experts on the device, `expert` only the one
+    at work, `auto` decides by free memory; text_encoder: `auto` (the device) or `cpu`.
+    """
+
+    device: str = "auto"
+    offload: str = "auto"
+    text_encoder: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise RequestError(f"--device {self.device}: not a device", hint="known: auto, cpu, cuda, cuda:N")
+        if self.offload not in ("auto", "none", "expert"):
+            raise RequestError(f"--offload {self.offload}: unknown", hint="known: auto, none, expert")
+        if self.text_encoder not in ("auto", "cpu"):
+            raise RequestError(f"text_encoder {self.text_encoder}: unknown", hint="known: auto, cpu")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of settings from configs/NAME.toml: a description and the keys it sets of each dataclass."""
+
+    name: str
+    description: str
+    model: str | None
+    request: dict[str, Any]
+    precision: dict[str, Any]
+    placement: dict[str, Any]
+    requires: str | None  # what it needs that this version lacks; asking for it is an error that says so
+
+
+def data_dir(name: str) -> Path:
+    """`configs` or `demo`: inside the package where it is installed, beside it in a clone (configs only)."""
+    package = Path(__file__).parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
+def configs_dir() -> Path:
+    return data_dir("configs")
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in configs_dir().glob("*.toml"))
+
+
+def load_preset(name: str) -> Preset:
+    """A preset by name, or from a .toml file by its path. Raises RequestError, for an unknown key too."""
+    path = Path(name) if name.endswith(".toml") else configs_dir() / f"{name}.toml"
+    if not path.is_file() or path.name != Path(name if name.endswith(".toml") else f"{name}.toml").name:
+        raise RequestError(f"--preset {name}: no such preset", hint=f"known: {', '.join(preset_names())}, or FILE.toml")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RequestError(f"{path}: not a preset: {error}") from None
+    known = {"description": str, "model": str, "requires": str, "request": dict, "precision": dict, "placement": dict}
+    for key, value in table.items():
+        if key not in known:
+            raise RequestError(f"{path}: unknown key {key!r}", hint=f"known: {', '.join(known)}")
+        if not isinstance(value, known[key]):
+            raise RequestError(f"{path}: {key} is not a {'table' if known[key] is dict else 'text'}")
+    sections: dict[str, dict[str, Any]] = {}
+    for section, kind in (("request", Request), ("precision", Precision), ("placement", Placement)):
+        sections[section] = table.get(section, {})
+        # A request is whole only with a prompt; anything else in it must stand on its own.
+        kind.from_dict({"prompt": "x", **sections[section]} if kind is Request else sections[section], str(path))
+    return Preset(
+        path.stem, table.get("description", ""), table.get("model"), requires=table.get("requires"), **sections
+    )
+
+
+def digest(*tables: dict[str, Any]) -> str:
+    """SHA-256 (hex) over tables of plain values, the same on every machine: names and pins what they say."""
+    text = json.dumps(tables, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

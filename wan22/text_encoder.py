@@ -1,0 +1,101 @@
+"""Prompt → context, through transformers' UMT5 with the published details.
+
+Legend: M text tokens (with the end token, no padding), E the encoder's width.
+"""
+
+import html
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wan22.checkpoint import Checkpoint, text_encoder_name
+from wan22.config import RequestError
+from wan22.tensor_files import check_names
+
+
+def clean(prompt: str) -> str:
+    """Mend broken Unicode, undo HTML entities twice, fold white space. Source: the published `tokenizers.py`."""
+    import ftfy
+
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+
+
+class Tokenizer:
+    """The checkpoint's own tokenizer; every prompt ends with the end token."""
+
+    def __init__(self, folder: Path, max_tokens: int) -> None:
+        from transformers import AutoTokenizer
+
+        self.max_tokens = max_tokens
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def __call__(self, prompt: str) -> tuple[list[int], bool]:
+        """Token ids with the end token, and whether the prompt was cut to `max_tokens` of them."""
+        ids = self.tokenizer(clean(prompt), add_special_tokens=True, verbose=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        cut = len(ids) > self.max_tokens
+        return (ids[: self.max_tokens - 1] + [end] if cut else ids), cut
+
+
+class TextEncoder:
+    """UMT5's encoder. One prompt at a time and without padding: a context depends on its prompt alone, bit for bit."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        """Reads the weights, each cast to `dtype`. Raises RequestError for foreign files."""
+        from transformers import UMT5EncoderModel
+
+        self.device = device
+        with torch.device("meta"):
+            # Eager attention is bit-equal to the published one. Built on meta: no initialization to throw away.
+            model = UMT5EncoderModel._from_config(_config(checkpoint), attn_implementation="eager")
+        names = {published: text_encoder_name(published) for published in checkpoint.text_encoder.shapes}
+        meta = model.state_dict()
+        state = {name: torch.empty(meta[name].shape, dtype=dtype, device=device) for name in names.values()}
+        checkpoint.text_encoder.read({published: state[name] for published, name in names.items()})
+        # Its one alias is spelled out, so that a transformers that unties it cannot leave it uninitialized.
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
+        model.load_state_dict(state, strict=True, assign=True)
+        self.model = model.requires_grad_(False).eval()
+
+    @torch.inference_mode()
+    def __call__(self, ids: list[int]) -> Tensor:
+        """Token ids → context [M, E] in the encoder's dtype. The model pads it with zero rows to 512, as published."""
+        tokens = torch.tensor([ids], device=self.device)
+        return self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state[0]
+
+
+def check_text_encoder(checkpoint: Checkpoint) -> None:
+    """Names and shapes of the text encoder's file, without reading a weight. Raises RequestError."""
+    from transformers import UMT5EncoderModel
+
+    source = checkpoint.text_encoder
+    try:
+        found = {text_encoder_name(name): shape for name, shape in source.shapes.items()}
+    except KeyError as error:
+        raise RequestError(f"{source.path}: not a UMT5 encoder: unknown tensor {error}") from None
+    with torch.device("meta"):
+        model = UMT5EncoderModel(_config(checkpoint))
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted.pop("encoder.embed_tokens.weight")
+    check_names(str(source.path), found, wanted)
+
+
+def _config(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # transformers comes late
+    """The sizes that no config tells, from the tensors' shapes; the rest is UMT5's own default."""
+    from transformers import UMT5Config
+
+    shapes = checkpoint.text_encoder.shapes
+    try:
+        vocab, width = shapes["token_embedding.weight"]
+        buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+        hidden = shapes["blocks.0.ffn.fc1.weight"][0]
+        inner = shapes["blocks.0.attn.q.weight"][0]
+    except (KeyError, ValueError) as error:
+        raise RequestError(f"{checkpoint.text_encoder.path}: not a UMT5 encoder: misses {error}") from None
+    layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    return UMT5Config(
+        vocab_size=vocab, d_model=width, d_kv=inner // heads, d_ff=hidden, num_layers=layers, num_heads=heads,
+        relative_attention_num_buckets=buckets, dropout_rate=0.0, tie_word_embeddings=True,
+    )  # fmt: skip
