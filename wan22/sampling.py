@@ -122,13 +122,16 @@ def denoise(
     then, once; the other's are dropped.
     """
     solver, latents, working = make_solver(request), noise, ""
+    model: Any = None
+    prompt: ContextKV | None = None
     negative: ContextKV | None = None
     for step in plan_steps(request):
         if step.expert != working:
+            model = prompt = negative = None  # let go first: there may be no room for two
             model, working = experts.get(step.expert), step.expert
             prompt = model.embed_context(context[None])
-            needed = step.guidance != 1 and negative_context is not None
-            negative = model.embed_context(negative_context[None]) if needed else None  # type: ignore[index]
+            if step.guidance != 1 and negative_context is not None:
+                negative = model.embed_context(negative_context[None])
         velocity = guided_velocity(model, latents, step, prompt, negative)
         latents = solver.step(velocity[None], solver.timesteps[step.index], latents[None], return_dict=False)[0][0]
         on_step(step)

@@ -24,7 +24,7 @@ def frame_sheet(
     from PIL import Image
 
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
-        raise ValueError(f"a frame sheet takes uint8 [F, H, W, 3] with F ≥ 1, not {frames.dtype} {list(frames.shape)}")
+        raise ValueError(f"a frame sheet takes uint8 [F, H, W, 3], F ≥ 1, not {frames.dtype} {list(frames.shape)}")
     picked = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
     tiles = [Image.fromarray(frames[index]) for index in picked]
     width, height = tiles[0].size

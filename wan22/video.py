@@ -2,92 +2,457 @@
 
 `open_output` picks a writer by the name it is given:
 
-| output              | frames                           | record                                              |
-|---------------------|----------------------------------|-----------------------------------------------------|
-| `NAME.mp4`          | H.264, encoded as chunks come    | the container's `comment` tag                       |
-| `NAME.gif`          | one palette for the whole video  | a comment extension                                 |
-| `NAME.png`          | a sheet of them (sheet.py)       | an iTXt chunk, keyword `Comment`                    |
-| `NAME/`, no suffix  | `00000.png`, `00001.png` …       | `record.json`                                       |
+| output             | frames                          | record                           |
+|--------------------|---------------------------------|----------------------------------|
+| `NAME.mp4`         | H.264, encoded as chunks come   | the container's `comment` tag    |
+| `NAME.gif`         | one palette for the whole video | a comment extension              |
+| `NAME.png`         | a sheet of them (sheet.py)      | an iTXt chunk, keyword `Comment` |
+| `NAME/`, no suffix | `00000.png`, `00001.png` …      | `record.json`                    |
 
-Each makes its file in a hidden folder beside the target and moves it there when it is whole, so that what has the target's
-name is always a whole file. The record is stored as the JSON text `{"wan22": record, "fps": fps}`, the same bytes in all four.
-Reading a record needs the standard library only. `F` pixel frames, `H W` pixels.
+Each is made in a hidden folder beside its target and moved when it is whole: what has its name is always a whole file.
+How the record is stored and found again is record.py's. Legend: `F` pixel frames, `H W` pixels.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from .config import RequestError, RunError
-from .names import LONGEST_NAME, next_free
+from .names import exists, is_empty_folder, move_to_free, next_free, sync, sync_entry
+from .record import RECORD_NAME, gif_blocks_start, read_document, read_record, stored_text, to_text
 
 if TYPE_CHECKING:
     import numpy as np
 
+__all__ = ["IfExists", "VideoWriter", "check_writable", "open_output", "read_frames", "read_record"]
+
 IfExists = Literal["error", "number", "replace"]  # a target that exists: refuse, take the next free number, replace it
 
-_CRF = 10  # what the published code's imageio `quality=8` comes to for libx264: int((1 - 0.8) * 51)
-_THREADS = 4  # fixed: x264's output depends on how many there are, and the same video should be the same bytes everywhere
-_RECORD_LIMIT = 16 << 20  # bytes; a record is some kilobytes, more is not ours
-_BOX_LIMIT = 10_000  # boxes or chunks walked at one level before a file is called damaged
-_DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_CRF = 10  # the published code's imageio `quality=8`, which is int((1 - 0.8) * 51) for libx264
+_THREADS = 4  # fixed: x264's bytes depend on how many there are, and the same video is the same file on every machine
 _FRAME_NAME = re.compile(r"\d{5,}\.png")
-_RECORD_NAME = "record.json"
+
+# Untagged files are guessed to be BT.601 by some players and BT.709 by others, and reds turn orange. Ours are BT.709 in
+# limited range and say so: to older ffmpegs by the encoder's options, to newer ones by the frames' properties.
+_TO_BT709 = (
+    "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int,format=yuv420p,"
+    "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
+)
+_TAG_BT709 = ["-color_range", "tv", "-color_primaries", "bt709", "-color_trc", "bt709", "-colorspace", "bt709"]
+# One palette, so that still colours stand still; an ordered dither, which does not crawl from frame to frame.
+_TO_PALETTE = "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse=dither=bayer:bayer_scale=4"
+
+# Ctrl-C is for us to answer; ffmpeg, in our group, would take it for the end of the video.
+_OWN_GROUP: dict[str, Any] = {"process_group": 0}
+if sys.platform == "win32":
+    _OWN_GROUP = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
 
 
-# Writing ----------------------------------------------------------------------------------------------------------------
+# Writing -----------------------------------------------------------------------------------------------------------
 
 
 def open_output(
     path: str | Path, *, width: int, height: int, fps: float, record: dict[str, Any], if_exists: IfExists = "error"
 ) -> VideoWriter:
-    """The writer for a path: a context manager that takes frames by `.write()` and has its final `.path` afterwards.
+    """The writer for a path: a context manager with `.write(frames)`, and afterwards `.path`, the name it got.
 
         with open_output("sunset.mp4", width=1280, height=720, fps=16, record=record) as output:
             for frames in chunks:  # uint8 [F, H, W, 3]
                 output.write(frames)
 
-    Leaving it whole publishes the file; leaving it by any exception leaves nothing. Raises RequestError for a name of
-    no known kind, RunError (from all three steps) for what goes wrong in writing: a full disk, an ffmpeg that dies.
+    Leaving it normally publishes the file; leaving it by an exception leaves nothing. Raises RequestError for a name of
+    an unknown kind, and RunError, from each of the three steps, for a full disk, an ffmpeg that dies and the like.
     """
-    return _writer(path)(path, width=width, height=height, fps=fps, record=record, if_exists=if_exists)
+    return _kind(path)(Path(path), width=width, height=height, fps=fps, record=record, if_exists=if_exists)
 
 
 def check_writable(path: str | Path, *, if_exists: IfExists = "error") -> None:
-    """RequestError, before any work is done, where `open_output` could not write. Leaves nothing behind, no folder either."""
-    target, kind = Path(path), _writer(path)
-    if issubclass(kind, _Mp4Writer):
-        _ffmpeg()
+    """RequestError, before any work is done, where `open_output` could not write. Leaves nothing behind."""
+    target, kind = Path(path), _kind(path)
     try:
-        exists = os.path.lexists(target) and not (kind is _FolderWriter and _is_empty_folder(target))
+        taken = exists(target) and not (kind is _FolderWriter and is_empty_folder(target))
         folder = target.absolute().parent
-        while not os.path.lexists(folder):  # raises for names that are too long or have characters that cannot be
+        while not exists(folder) and folder != folder.parent:  # a Windows drive may not exist
             folder = folder.parent
-        # Permission bits do not tell (root ignores them, read-only and network file systems have their own mind): try.
+        # Permission bits do not tell: root ignores them, read-only and network file systems have a mind of their own.
         with tempfile.TemporaryFile(dir=folder):
             pass
-        target.with_name(target.name[:1] + target.name[1:]).is_dir()
-        os.lstat(target) if exists else None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RequestError(f"cannot write {target}: {reason}", hint="name another with --output") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RequestError(f"cannot write {target}: {reason}") from None
+    if taken and if_exists == "error":
+        raise RequestError(f"cannot write {target}: it exists already", hint=_overwrite_hint(target))
+    if taken and if_exists == "replace" and kind is _FolderWriter:
+        _check_ours(target)
+    if issubclass(kind, _FFmpegWriter):
+        _ffmpeg()
 
 
 class VideoWriter:
-    ...
+    """What `open_output` returns. A subclass makes its file in `_staging`; this one shows it whole or not at all."""
+
+    def __init__(
+        self, path: Path, *, width: int, height: int, fps: float, record: dict[str, Any], if_exists: IfExists
+    ) -> None:
+        self.path = self._asked = path
+        self._width, self._height, self._fps, self._if_exists = width, height, fps, if_exists
+        self._text = to_text(record, fps)
+        self._count = 0
+        self._cleanup = ExitStack()
+
+    def write(self, frames: np.ndarray) -> None:
+        """Add frames: uint8 [F, H, W, 3] of the size announced, any number at a time."""
+        expected = (self._height, self._width, 3)
+        if frames.ndim != 4 or frames.shape[1:] != expected or frames.dtype != "uint8":
+            raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}, not uint8 [F, {str(list(expected))[1:]}")
+        with _reporting(self.path):
+            self._encode(frames)
+        self._count += len(frames)
+
+    def __enter__(self) -> Self:
+        with _reporting(self.path):
+            folder = self.path.absolute().parent
+            folder.mkdir(parents=True, exist_ok=True)
+            self._staging = Path(tempfile.mkdtemp(prefix=f".{self.path.name[:40]}.partial-", dir=folder))
+            self._cleanup.callback(shutil.rmtree, self._staging, ignore_errors=True)  # what led here matters more
+            try:
+                self._start()
+            except BaseException:
+                self._cleanup.close()
+                raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._cleanup:
+            if kind is None:
+                with _reporting(self.path):
+                    self._publish()
+
+    def _publish(self) -> None:
+        if not self._count:
+            raise RunError(f"could not write {self.path}: there were no frames")
+        staged = self._finish()
+        try:  # an ffmpeg of 4.x exits 0 when the disk fills at the very end: believe the file, not the exit code
+            whole = stored_text(staged) == self._text
+        except ValueError:
+            whole = False
+        if not whole:
+            raise RunError(f"could not write {self.path}: what was written does not read back")
+        sync(staged)
+        if self._if_exists == "replace":
+            _replace(staged, self.path)
+        else:
+            while not move_to_free(staged, self.path):
+                if self._if_exists == "error":
+                    raise RunError(f"could not write {self.path}: it appeared meanwhile, and is not overwritten")
+                self.path = next_free(self._asked)
+        sync_entry(self.path)
+
+    def _start(self) -> None:
+        raise NotImplementedError
+
+    def _encode(self, frames: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def _finish(self) -> Path:
+        """Complete the file (or folder) in `_staging` and say where it is."""
+        raise NotImplementedError
+
+
+class _FFmpegWriter(VideoWriter):
+    """Frames go down a pipe to an ffmpeg, which encodes while the next ones are made."""
+
+    _name: str
+
+    def _output_arguments(self) -> list[str]:
+        raise NotImplementedError
+
+    def _start(self) -> None:
+        # The record goes by a file: Windows takes 32 767 characters of arguments in all, Linux 131 072 bytes in one.
+        metadata = self._staging / "record.txt"
+        escaped = re.sub(r"([=;#\\\n])", r"\\\1", self._text)
+        metadata.write_text(f";FFMETADATA1\ncomment={escaped}\n", encoding="utf-8", newline="\n")
+        rate = Fraction(self._fps).limit_denominator(1001)
+        command = [_ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error"]
+        command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self._width}x{self._height}", "-r", str(rate)]
+        command += ["-i", "pipe:0", "-f", "ffmetadata", "-i", str(metadata), "-map", "0:v", "-map_metadata", "1"]
+        # bitexact: no ffmpeg version and no date in the container.
+        command += ["-threads", str(_THREADS), "-fflags", "+bitexact", *self._output_arguments()]
+        command += [str(self._staging / self._name)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **_OWN_GROUP
+        )
+        assert self._process.stdin is not None
+        assert self._process.stderr is not None
+        self._pipe, self._errors = self._process.stdin, self._process.stderr
+        self._said: deque[bytes] = deque(maxlen=50)
+        # Drained as it comes: a full stderr pipe would stop ffmpeg, and then us.
+        self._listener = threading.Thread(target=self._said.extend, args=(self._errors,), daemon=True)
+        self._listener.start()
+        self._cleanup.callback(self._stop)
+
+    def _encode(self, frames: np.ndarray) -> None:
+        import numpy as np
+
+        try:
+            for frame in frames:
+                self._pipe.write(np.ascontiguousarray(frame).data)
+        except OSError:  # ffmpeg has closed its end
+            self._fail()
+
+    def _finish(self) -> Path:
+        try:
+            self._pipe.close()
+        except OSError:
+            self._fail()
+        if self._process.wait() != 0:
+            self._fail()
+        return self._staging / self._name
+
+    def _fail(self) -> NoReturn:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=10)  # it is about to exit, and its last words come first
+        self._stop()
+        reason = _last_words(self._said)
+        code = self._process.returncode
+        if not reason and code < 0:
+            reason = f"ffmpeg was ended by a signal: {signal.strsignal(-code)}"
+        raise _run_error(self.path, reason or f"ffmpeg exited with {code}")
+
+    def _stop(self) -> None:
+        """End ffmpeg, if it still runs, and close both pipes."""
+        self._process.kill()
+        self._process.wait()
+        with suppress(OSError):  # bytes still buffered for a process that is gone
+            self._pipe.close()
+        self._listener.join()
+        self._errors.close()
+
+
+class _Mp4Writer(_FFmpegWriter):
+    _name = "video.mp4"
+
+    def _output_arguments(self) -> list[str]:
+        arguments = ["-vf", _TO_BT709, *_TAG_BT709, "-c:v", "libx264", "-crf", str(_CRF)]
+        return [*arguments, "-movflags", "+faststart", "-f", "mp4"]
+
+
+class _GifWriter(_FFmpegWriter):
+    """ffmpeg holds all frames until it knows their palette; the comment is ours, its GIF writer has none."""
+
+    _name = "video.gif"
+
+    def _output_arguments(self) -> list[str]:
+        return ["-vf", _TO_PALETTE, "-loop", "0", "-f", "gif"]
+
+    def _finish(self) -> Path:
+        plain = super()._finish()
+        data, text = plain.read_bytes(), self._text.encode()
+        start = gif_blocks_start(data[:13])
+        if data[start + 3 : start + 14] == b"NETSCAPE2.0":  # some players loop only if this block is the first
+            start += 19
+        blocks = (text[i : i + 255] for i in range(0, len(text), 255))
+        comment = b"!\xfe" + b"".join(bytes([len(block)]) + block for block in blocks) + b"\0"
+        staged = self._staging / "with-record.gif"
+        staged.write_bytes(data[:start] + comment + data[start:])
+        return staged
+
+
+class _SheetWriter(VideoWriter):
+    def _start(self) -> None:
+        self._chunks: list[np.ndarray] = []
+
+    def _encode(self, frames: np.ndarray) -> None:
+        self._chunks.append(frames.copy())  # which frames are shown depends on how many there will be
+
+    def _finish(self) -> Path:
+        import numpy as np
+        from PIL.PngImagePlugin import PngInfo
+
+        from .sheet import frame_sheet
+
+        info = PngInfo()
+        info.add_itxt("Comment", self._text)
+        staged = self._staging / "sheet.png"
+        frame_sheet(np.concatenate(self._chunks)).save(staged, pnginfo=info)
+        return staged
+
+
+class _FolderWriter(VideoWriter):
+    def _start(self) -> None:
+        self._folder = self._staging / "frames"  # not the staging folder itself, which only its owner may enter
+        self._folder.mkdir()
+
+    def _encode(self, frames: np.ndarray) -> None:
+        from PIL import Image
+
+        for index, frame in enumerate(frames, self._count):
+            Image.fromarray(frame).save(self._folder / f"{index:05d}.png", compress_level=1)
+
+    def _finish(self) -> Path:
+        (self._folder / RECORD_NAME).write_text(self._text, encoding="utf-8", newline="\n")
+        return self._folder
+
+
+_WRITERS: dict[str, type[VideoWriter]] = {".mp4": _Mp4Writer, ".gif": _GifWriter, ".png": _SheetWriter}
+
+
+def _kind(path: str | Path) -> type[VideoWriter]:
+    """By suffix; a folder of frames where there is none, a separator at the end, or a folder. Raises RequestError."""
+    target = Path(path)
+    suffix, folder = target.suffix.lower(), os.fspath(path).endswith(("/", os.sep))
+    if not suffix or folder or (target.is_dir() and suffix not in _WRITERS):
+        return _FolderWriter
+    if target.is_dir():
+        raise RequestError(f"cannot write {target}: it is a folder", hint=_overwrite_hint(target))
+    if suffix not in _WRITERS:
+        hint = f"known: {', '.join(_WRITERS)}; without one, a folder of frames"
+        raise RequestError(f"cannot write {target}: unknown suffix {suffix}", hint=hint)
+    return _WRITERS[suffix]
+
+
+def _overwrite_hint(target: Path) -> str:
+    return f"name a file in it, as {target / 'video.mp4'}" if target.is_dir() else "--overwrite replaces it"
+
+
+def _ffmpeg() -> str:
+    """Where ffmpeg is: $IMAGEIO_FFMPEG_EXE, else the one imageio-ffmpeg brings or finds. Raises RequestError."""
+    import imageio_ffmpeg
+
+    try:
+        found = shutil.which(imageio_ffmpeg.get_ffmpeg_exe())
+    except RuntimeError:
+        found = None
+    if found is None:
+        raise RequestError("there is no ffmpeg to write a video with", hint="point IMAGEIO_FFMPEG_EXE at one")
+    return found
+
+
+_PREFIX = re.compile(r"^(\[[^\]]*\] *)+")  # [libx264 @ 0x55d0c8a3e2c0]
+_SAYS_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "File size limit exceeded")
+
+
+def _last_words(lines: Iterable[bytes]) -> str:
+    """ffmpeg's last line that says why, if there is one: a full disk first, since other complaints follow from it."""
+    words = [_PREFIX.sub("", line.decode("utf-8", "replace")).strip() for line in lines]
+    telling = [line for line in words if line and line != "Conversion failed!"]
+    full = [line for line in telling if any(says in line for says in _SAYS_FULL)]
+    return (full or telling or [""])[-1]
+
+
+def _run_error(path: Path, reason: str) -> RunError:
+    if any(says in reason for says in _SAYS_FULL):
+        return RunError(f"could not write {path}: the disk is full", hint=f"make room in {path.absolute().parent}")
+    return RunError(f"could not write {path}: {reason}")
+
+
+@contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """Any OSError within as a RunError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+        raise _run_error(path, _SAYS_FULL[0] if full else error.strerror or str(error)) from error
+
+
+def _check_ours(folder: Path) -> None:
+    """RequestError unless it holds frames, their record and nothing else: replacing must never delete anything else."""
+    if not folder.is_dir():
+        raise RequestError(f"cannot replace {folder}: it is not a folder of frames")
+    read_record(folder)
+    for child in folder.iterdir():
+        if child.name != RECORD_NAME and not _FRAME_NAME.fullmatch(child.name):
+            raise RequestError(f"cannot replace {folder}: there is more than frames in it, {child.name} for one")
+
+
+def _replace(staged: Path, target: Path) -> None:
+    if staged.is_file():
+        os.replace(staged, target)
+    elif not move_to_free(staged, target):  # a folder does not replace another in one step
+        _check_ours(target)
+        old = staged.with_name("old")
+        os.rename(target, old)
+        try:
+            os.rename(staged, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+
+
+# Reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_frames(path: str | Path) -> tuple[np.ndarray, float]:
+    """A video's frames, uint8 [F, H, W, 3], and how many of them a second: an mp4, a GIF or a folder of ours.
+
+    Raises RequestError. A GIF counts in hundredths of a second, so its rate is the record's where there is one.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _folder_frames(path), read_document(path)["fps"]
+        with open(path, "rb") as file:
+            start = file.read(12)
+        if start[:4] == b"GIF8":
+            return _gif_frames(path)
+        # Only an mp4 by content goes to ffmpeg, which also follows playlists to other files and over the network.
+        if start[4:8] == b"ftyp":
+            return _mp4_frames(path)
+    except RequestError:
+        raise
+    except Exception as error:  # Pillow and ffmpeg fail on a broken file in many ways
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise RequestError(f"{path}: cannot be read as a video: {reason}") from error
+    raise RequestError(f"{path}: neither an mp4, nor a GIF, nor a folder of frames")
+
+
+def _mp4_frames(path: Path) -> tuple[np.ndarray, float]:
+    import imageio_ffmpeg
+    import numpy as np
+
+    stored_text(path)  # for its ValueError: ffmpeg would read a file that is cut short to where it ends
+    exact = ["-sws_flags", "bicubic+accurate_rnd+full_chroma_int"]  # the default is up to two levels darker
+    reader = imageio_ffmpeg.read_frames(os.path.abspath(path), pix_fmt="rgb24", output_params=exact)
+    about = next(reader)
+    width, height = about["size"]
+    frames = np.frombuffer(bytearray().join(reader), np.uint8).reshape(-1, height, width, 3)
+    return frames, about["fps"]
+
+
+def _gif_frames(path: Path) -> tuple[np.ndarray, float]:
+    import numpy as np
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as image:
+        durations, frames = [], []  # milliseconds
+        for frame in ImageSequence.Iterator(image):
+            frames.append(np.asarray(frame.convert("RGB")))
+            durations.append(frame.info.get("duration", 0))
+    try:
+        fps = read_document(path)["fps"]
+    except RequestError:  # not one of ours
+        fps = 1000 * len(frames) / max(sum(durations), 1)
+    return np.stack(frames), fps
+
+
+def _folder_frames(path: Path) -> np.ndarray:
+    import numpy as np
+    from PIL import Image
+
+    names = sorted((int(child.stem), child) for child in path.iterdir() if _FRAME_NAME.fullmatch(child.name))
+    return np.stack([np.asarray(Image.open(child).convert("RGB")) for _, child in names])

@@ -1,0 +1,3 @@
+from wan22.cli import entry
+
+entry()

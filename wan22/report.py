@@ -1,0 +1,132 @@
+"""What a run says while it works: nothing, lines and one bar for a person, or JSON objects for a program."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wan22.sampling import Step
+
+
+@dataclass
+class Phase:
+    """One part of a run: wall seconds; peak bytes of host memory, and of GPU memory where there is one."""
+
+    name: str
+    seconds: float
+    host_bytes: int | None
+    gpu_bytes: int | None
+
+
+class Reporter:
+    """Hears of a run and says nothing; keeps the phases' figures."""
+
+    def __init__(self) -> None:
+        self.phases: list[Phase] = []
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time and peak memory of what runs inside."""
+        _reset_peaks()
+        start = time.perf_counter()
+        yield
+        self.phases.append(Phase(name, time.perf_counter() - start, _host_peak(), _gpu_peak()))
+
+    def note(self, text: str, **data: Any) -> None:
+        """Something worth knowing; `data` is its machine form."""
+
+    def warn(self, text: str) -> None:
+        """Allowed, and known to disappoint."""
+
+    def begin_steps(self, count: int) -> None: ...
+
+    def step(self, step: "Step") -> None: ...
+
+    def end_steps(self) -> None: ...
+
+    def finished(self, path: str) -> None:
+        """The file at `path` exists and is whole."""
+
+
+class ConsoleReporter(Reporter):
+    """For a person: everything on stderr, and the finished path alone on stdout."""
+
+    def note(self, text: str, **data: Any) -> None:
+        print(text, file=sys.stderr)
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr)
+
+    def begin_steps(self, count: int) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=count, unit="step", dynamic_ncols=True, file=sys.stderr,
+            bar_format="{desc} {n}/{total} |{bar}| {elapsed} spent, {remaining} left, {postfix}",
+        )  # fmt: skip
+        self.bar.set_description_str("reading weights", refresh=False)
+        self.bar.set_postfix_str("- s/step")
+        self.last = time.perf_counter()
+
+    def step(self, step: "Step") -> None:
+        now = time.perf_counter()
+        self.bar.set_description_str(step.expert.removesuffix("_model").replace("_", " "), refresh=False)
+        self.bar.set_postfix_str(f"{now - self.last:.2f} s/step", refresh=False)
+        self.bar.update()
+        self.last = now
+
+    def end_steps(self) -> None:
+        self.bar.close()
+
+    def finished(self, path: str) -> None:
+        for phase in self.phases:
+            memory = f"{phase.host_bytes / 2**30:6.2f} GiB host" if phase.host_bytes else ""
+            memory += f"{phase.gpu_bytes / 2**30:7.2f} GiB GPU" if phase.gpu_bytes else ""
+            print(f"  {phase.name:<16}{phase.seconds:8.1f} s  {memory}".rstrip(), file=sys.stderr)
+        print(f"  {'all':<16}{sum(phase.seconds for phase in self.phases):8.1f} s", file=sys.stderr)
+        print(path, flush=True)
+
+
+class JsonReporter(Reporter):
+    """For a program: one JSON object a line on stdout."""
+
+    def note(self, text: str, **data: Any) -> None:
+        self._emit("note", text=text, **data)
+
+    def warn(self, text: str) -> None:
+        self._emit("warning", text=text)
+
+    def step(self, step: "Step") -> None:
+        self._emit("step", step=step.index + 1, timestep=step.timestep, expert=step.expert)
+
+    def finished(self, path: str) -> None:
+        self._emit("finished", path=path, phases=[vars(phase) for phase in self.phases])
+
+    def _emit(self, event: str, **data: Any) -> None:
+        print(json.dumps({"event": event, **data}, ensure_ascii=False), flush=True)
+
+
+def _reset_peaks() -> None:
+    # Writing 5 there resets the peak that /proc/self/status tells (Linux, proc(5)); elsewhere no host peak is told.
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    if torch := sys.modules.get("torch"):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _host_peak() -> int | None:
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _gpu_peak() -> int | None:
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else None
