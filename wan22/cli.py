@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -299,8 +300,10 @@ def main(argv: list[str]) -> int:
     # What libraries have to say to developers is not for users.
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    signal.signal(signal.SIGTERM, _terminate)
     words, debug = normalize(argv)
+    if not debug:
+        warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         return app(args=words, prog_name="wan22", standalone_mode=False) or 0
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ from wan22.sampling import denoise, describe_split, draw_noise, plan_steps
 from wan22.state import latents_path, save_latents
 from wan22.text_encoder import TextEncoder, Tokenizer, check_text_encoder
 from wan22.vae import VideoVAE, check_vae, to_uint8
-from wan22.video import IfExists, open_output
+from wan22.video import IfExists, check_writable, open_output
 
 
 @dataclass
@@ -36,7 +36,9 @@ class Result:
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write .mp4, .gif, .png (a frame sheet) or a folder of frames, the record inside. Raises RequestError."""
-        return _write(path, self.request, self.record, [self.video], "replace" if overwrite else "error")
+        policy: IfExists = "replace" if overwrite else "error"
+        check_writable(path, if_exists=policy)
+        return _write(path, self.request, self.record, [self.video], policy)
 
 
 class Pipeline:
@@ -142,7 +144,10 @@ class Pipeline:
             reporter.begin_steps(len(steps))
             try:
                 negative = contexts[1] if guided else None
-                latents = denoise(request, self.experts, noise, contexts[0], negative, reporter.step)
+                latents = denoise(
+                    request, self.experts, noise, contexts[0], negative,
+                    on_step=lambda step: reporter.step(step.index, step.expert, step.timestep),
+                )  # fmt: skip
             finally:
                 reporter.end_steps()
         if not self.experts.keep_both:

@@ -106,17 +106,11 @@ def _mp4_comment(file: BinaryIO, size: int) -> bytes | None:
     return next((_payload(file, start + 8, end) for name, start, end in boxes if name == b"data"), None)
 
 
-def gif_blocks_start(header: bytes) -> int:
-    """Where a GIF's blocks start: behind its 13-byte header and the colour table that this announces."""
-    if len(header) < 13:
-        raise ValueError("no header")
-    return 13 + (3 << (header[10] & 7) + 1 if header[10] & 0x80 else 0)
-
-
 def _gif_comment(file: BinaryIO) -> bytes | None:
     """The first comment extension ahead of the first picture."""
     file.seek(0)
-    file.seek(gif_blocks_start(file.read(13)))
+    header = file.read(13).ljust(13, b"\0")
+    file.seek(13 + (3 << (header[10] & 7) + 1 if header[10] & 0x80 else 0))  # behind the colour table
     for _ in range(_MOST_BLOCKS):
         introducer, label = file.read(1), file.read(1)
         if introducer != b"!":
@@ -148,6 +142,6 @@ def _png_comment(file: BinaryIO, size: int) -> bytes | None:
         if kind == b"iTXt":
             keyword, _, rest = _payload(file, start + 8, start + 8 + length).partition(b"\0")
             if keyword == b"Comment" and rest[:1] == b"\0":
-                return rest[2:].split(b"\0", 2)[2]
+                return rest[2:].split(b"\0", 2)[-1]  # behind language and translated keyword
         start += 12 + length
     raise ValueError("too many chunks")

@@ -6,10 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from wan22.sampling import Step
+from typing import Any
 
 
 @dataclass
@@ -44,7 +41,8 @@ class Reporter:
 
     def begin_steps(self, count: int) -> None: ...
 
-    def step(self, step: "Step") -> None: ...
+    def step(self, index: int, expert: str, timestep: float) -> None:
+        """The step of this number (from 0) is done."""
 
     def end_steps(self) -> None: ...
 
@@ -66,15 +64,13 @@ class ConsoleReporter(Reporter):
 
         self.bar = tqdm(
             total=count, unit="step", dynamic_ncols=True, file=sys.stderr,
-            bar_format="{desc} {n}/{total} |{bar}| {elapsed} spent, {remaining} left, {postfix}",
+            desc="reading weights", bar_format="{desc} {n}/{total} |{bar}| {elapsed}, {remaining} left{postfix}",
         )  # fmt: skip
-        self.bar.set_description_str("reading weights", refresh=False)
-        self.bar.set_postfix_str("- s/step")
         self.last = time.perf_counter()
 
-    def step(self, step: "Step") -> None:
+    def step(self, index: int, expert: str, timestep: float) -> None:
         now = time.perf_counter()
-        self.bar.set_description_str(step.expert.removesuffix("_model").replace("_", " "), refresh=False)
+        self.bar.set_description_str(expert.removesuffix("_model").replace("_", " "), refresh=False)
         self.bar.set_postfix_str(f"{now - self.last:.2f} s/step", refresh=False)
         self.bar.update()
         self.last = now
@@ -100,8 +96,8 @@ class JsonReporter(Reporter):
     def warn(self, text: str) -> None:
         self._emit("warning", text=text)
 
-    def step(self, step: "Step") -> None:
-        self._emit("step", step=step.index + 1, timestep=step.timestep, expert=step.expert)
+    def step(self, index: int, expert: str, timestep: float) -> None:
+        self._emit("step", step=index + 1, timestep=timestep, expert=expert)
 
     def finished(self, path: str) -> None:
         self._emit("finished", path=path, phases=[vars(phase) for phase in self.phases])

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from .config import RequestError, RunError
 from .names import exists, is_empty_folder, move_to_free, next_free, sync, sync_entry
-from .record import RECORD_NAME, gif_blocks_start, read_document, read_record, stored_text, to_text
+from .record import RECORD_NAME, read_document, read_record, stored_text, to_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,8 +53,6 @@ _TO_BT709 = (
     "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
 )
 _TAG_BT709 = ["-color_range", "tv", "-color_primaries", "bt709", "-color_trc", "bt709", "-colorspace", "bt709"]
-# One palette, so that still colours stand still; an ordered dither, which does not crawl from frame to frame.
-_TO_PALETTE = "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse=dither=bayer:bayer_scale=4"
 
 # Ctrl-C is for us to answer; ffmpeg, in our group, would take it for the end of the video.
 _OWN_GROUP: dict[str, Any] = {"process_group": 0}
@@ -98,7 +96,7 @@ def check_writable(path: str | Path, *, if_exists: IfExists = "error") -> None:
         raise RequestError(f"cannot write {target}: it exists already", hint=_overwrite_hint(target))
     if taken and if_exists == "replace" and kind is _FolderWriter:
         _check_ours(target)
-    if issubclass(kind, _FFmpegWriter):
+    if kind is _Mp4Writer:
         _ffmpeg()
 
 
@@ -173,28 +171,28 @@ class VideoWriter:
         raise NotImplementedError
 
 
-class _FFmpegWriter(VideoWriter):
+class _Mp4Writer(VideoWriter):
     """Frames go down a pipe to an ffmpeg, which encodes while the next ones are made."""
-
-    _name: str
-
-    def _output_arguments(self) -> list[str]:
-        raise NotImplementedError
 
     def _start(self) -> None:
         # The record goes by a file: Windows takes 32 767 characters of arguments in all, Linux 131 072 bytes in one.
         metadata = self._staging / "record.txt"
         escaped = re.sub(r"([=;#\\\n])", r"\\\1", self._text)
         metadata.write_text(f";FFMETADATA1\ncomment={escaped}\n", encoding="utf-8", newline="\n")
+        self._video = self._staging / "video.mp4"
         rate = Fraction(self._fps).limit_denominator(1001)
         command = [_ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error"]
         command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self._width}x{self._height}", "-r", str(rate)]
         command += ["-i", "pipe:0", "-f", "ffmetadata", "-i", str(metadata), "-map", "0:v", "-map_metadata", "1"]
-        # bitexact: no ffmpeg version and no date in the container.
-        command += ["-threads", str(_THREADS), "-fflags", "+bitexact", *self._output_arguments()]
-        command += [str(self._staging / self._name)]
+        command += ["-vf", _TO_BT709, *_TAG_BT709, "-c:v", "libx264", "-crf", str(_CRF), "-threads", str(_THREADS)]
+        # bitexact: no ffmpeg version and no date; faststart: what a player needs first comes first.
+        command += ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart", "-f", "mp4"]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **_OWN_GROUP
+            [*command, str(self._video)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            **_OWN_GROUP,
         )
         assert self._process.stdin is not None
         assert self._process.stderr is not None
@@ -221,7 +219,7 @@ class _FFmpegWriter(VideoWriter):
             self._fail()
         if self._process.wait() != 0:
             self._fail()
-        return self._staging / self._name
+        return self._video
 
     def _fail(self) -> NoReturn:
         with suppress(subprocess.TimeoutExpired):
@@ -243,42 +241,37 @@ class _FFmpegWriter(VideoWriter):
         self._errors.close()
 
 
-class _Mp4Writer(_FFmpegWriter):
-    _name = "video.mp4"
+class _CollectingWriter(VideoWriter):
+    """For what can only be made when all frames are there. They take 3 · F · H · W bytes."""
 
-    def _output_arguments(self) -> list[str]:
-        arguments = ["-vf", _TO_BT709, *_TAG_BT709, "-c:v", "libx264", "-crf", str(_CRF)]
-        return [*arguments, "-movflags", "+faststart", "-f", "mp4"]
-
-
-class _GifWriter(_FFmpegWriter):
-    """ffmpeg holds all frames until it knows their palette; the comment is ours, its GIF writer has none."""
-
-    _name = "video.gif"
-
-    def _output_arguments(self) -> list[str]:
-        return ["-vf", _TO_PALETTE, "-loop", "0", "-f", "gif"]
-
-    def _finish(self) -> Path:
-        plain = super()._finish()
-        data, text = plain.read_bytes(), self._text.encode()
-        start = gif_blocks_start(data[:13])
-        if data[start + 3 : start + 14] == b"NETSCAPE2.0":  # some players loop only if this block is the first
-            start += 19
-        blocks = (text[i : i + 255] for i in range(0, len(text), 255))
-        comment = b"!\xfe" + b"".join(bytes([len(block)]) + block for block in blocks) + b"\0"
-        staged = self._staging / "with-record.gif"
-        staged.write_bytes(data[:start] + comment + data[start:])
-        return staged
-
-
-class _SheetWriter(VideoWriter):
     def _start(self) -> None:
         self._chunks: list[np.ndarray] = []
 
     def _encode(self, frames: np.ndarray) -> None:
-        self._chunks.append(frames.copy())  # which frames are shown depends on how many there will be
+        self._chunks.append(frames.copy())
 
+
+class _GifWriter(_CollectingWriter):
+    def _finish(self) -> Path:
+        import numpy as np
+        from PIL import Image
+
+        frames = np.concatenate(self._chunks)
+        # One palette for all frames, so that still colours stand still; from a quarter of a million of their pixels
+        # (every odd-numberth: sides are even, and an even step could meet the same few columns in every row).
+        pixels = frames.reshape(-1, 3)
+        sample = pixels[:: -(-len(pixels) // 2**18) | 1]
+        palette = Image.fromarray(sample[None]).quantize(256, method=Image.Quantize.MEDIANCUT)
+        images = [Image.fromarray(frame).quantize(palette=palette) for frame in frames]
+        # A GIF counts in hundredths of a second: 16 a second are a pattern of 6 and 7, at most half of one off.
+        clock = np.diff(np.round(np.arange(len(images) + 1) * 100 / self._fps)) * 10
+        staged = self._staging / "video.gif"
+        rest = {"append_images": images[1:], "duration": clock.astype(int).tolist(), "loop": 0}
+        images[0].save(staged, save_all=True, comment=self._text.encode(), **rest)
+        return staged
+
+
+class _SheetWriter(_CollectingWriter):
     def _finish(self) -> Path:
         import numpy as np
         from PIL.PngImagePlugin import PngInfo
@@ -312,16 +305,16 @@ _WRITERS: dict[str, type[VideoWriter]] = {".mp4": _Mp4Writer, ".gif": _GifWriter
 
 
 def _kind(path: str | Path) -> type[VideoWriter]:
-    """By suffix; a folder of frames where there is none, a separator at the end, or a folder. Raises RequestError."""
+    """By suffix; a folder of frames where there is none, or where a folder with another suffix is. Raises RequestError."""
     target = Path(path)
-    suffix, folder = target.suffix.lower(), os.fspath(path).endswith(("/", os.sep))
-    if not suffix or folder or (target.is_dir() and suffix not in _WRITERS):
+    suffix = target.suffix.lower()
+    if not suffix or (target.is_dir() and suffix not in _WRITERS):
         return _FolderWriter
     if target.is_dir():
         raise RequestError(f"cannot write {target}: it is a folder", hint=_overwrite_hint(target))
-    if suffix not in _WRITERS:
+    if suffix not in _WRITERS or os.fspath(path).endswith(("/", os.sep)):  # Path drops a slash, and with it the intent
         hint = f"known: {', '.join(_WRITERS)}; without one, a folder of frames"
-        raise RequestError(f"cannot write {target}: unknown suffix {suffix}", hint=hint)
+        raise RequestError(f"cannot write {path}: unknown suffix {suffix}", hint=hint)
     return _WRITERS[suffix]
 
 
@@ -356,7 +349,7 @@ def _last_words(lines: Iterable[bytes]) -> str:
 
 def _run_error(path: Path, reason: str) -> RunError:
     if any(says in reason for says in _SAYS_FULL):
-        return RunError(f"could not write {path}: the disk is full", hint=f"make room in {path.absolute().parent}")
+        reason = "the disk is full"
     return RunError(f"could not write {path}: {reason}")
 
 
@@ -400,7 +393,7 @@ def _replace(staged: Path, target: Path) -> None:
 def read_frames(path: str | Path) -> tuple[np.ndarray, float]:
     """A video's frames, uint8 [F, H, W, 3], and how many of them a second: an mp4, a GIF or a folder of ours.
 
-    Raises RequestError. A GIF counts in hundredths of a second, so its rate is the record's where there is one.
+    Raises RequestError. The rate of a GIF, whose own clock is coarse, is the record's where there is one.
     """
     path = Path(path)
     try:
@@ -438,16 +431,17 @@ def _gif_frames(path: Path) -> tuple[np.ndarray, float]:
     import numpy as np
     from PIL import Image, ImageSequence
 
+    frames, durations = [], []  # durations in seconds
     with Image.open(path) as image:
-        durations, frames = [], []  # milliseconds
         for frame in ImageSequence.Iterator(image):
             frames.append(np.asarray(frame.convert("RGB")))
-            durations.append(frame.info.get("duration", 0))
+            durations.append(frame.info.get("duration", 0) / 1000)
     try:
         fps = read_document(path)["fps"]
     except RequestError:  # not one of ours
-        fps = 1000 * len(frames) / max(sum(durations), 1)
-    return np.stack(frames), fps
+        return np.stack(frames), len(frames) / max(sum(durations), 0.01)
+    counts = [max(1, round(duration * fps)) for duration in durations]  # frames alike are stored as one that stays
+    return np.repeat(np.stack(frames), counts, axis=0), fps
 
 
 def _folder_frames(path: Path) -> np.ndarray:

@@ -1,0 +1,122 @@
+"""Random weights in the published layout: for memory and speed tests, and to see a whole run without 126 GB of files.
+
+    python scripts/random_checkpoint.py random-T2V-A14B --dtype bf16 --link      # published size, 40 GB
+    python scripts/random_checkpoint.py blocks-4 --layers 4 --only-experts       # 6 GB of float32 shards an expert
+
+The videos are noise, the work is the real model's. Sizes default to configs/Wan2.2-T2V-A14B; `--link` makes the
+low-noise expert hard links to the high-noise one's shards. The tokenizer is the demo's.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from wan22.checkpoint import INDEX, TEXT_ENCODER, TOKENIZER, VAE, text_encoder_name, vae_name
+from wan22.config import configs_dir, data_dir
+from wan22.model import TransformerConfig, WanTransformer
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Scaled so that activations keep their size through the layers: ones for norms, zero biases, 1/√fan-in else."""
+    if name.endswith("bias") and "pos_embedding" not in name:
+        return torch.zeros(shape, dtype=dtype)
+    if "norm" in name or name.endswith("gamma"):
+        return torch.ones(shape, dtype=dtype)
+    fan_in = shape[-1] if name.endswith("modulation") else max(1, torch.Size(shape[1:]).numel())
+    return (torch.randn(shape, device=device) * fan_in**-0.5).to(dtype).cpu()
+
+
+def shards(shapes: Shapes, dtype: torch.dtype, limit: int) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Consecutive tensors, each group of at most `limit` bytes (or one tensor)."""
+    group: dict[str, tuple[int, ...]] = {}
+    size = 0
+    for name, shape in shapes.items():
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if group and size + nbytes > limit:
+            yield group
+            group, size = {}, 0
+        group[name], size = shape, size + nbytes
+    yield group
+
+
+def write_expert(folder: Path, config: dict, shapes: Shapes, dtype: torch.dtype, device: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    groups = list(shards(shapes, dtype, 5 << 30))
+    weight_map = {}
+    for number, group in enumerate(groups, 1):
+        file = f"diffusion_pytorch_model-{number:05}-of-{len(groups):05}.safetensors"
+        save_file({name: random_tensor(name, shape, dtype, device) for name, shape in group.items()}, folder / file)
+        weight_map |= dict.fromkeys(group, file)
+    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+
+
+def text_encoder_shapes(vocab: int = 256384, width: int = 4096, ffn: int = 10240, heads: int = 64, layers: int = 24):
+    """UMT5-XXL's encoder under its published names."""
+    shapes = {"token_embedding.weight": (vocab, width), "norm.weight": (width,)}
+    for i in range(layers):
+        shapes |= {f"blocks.{i}.attn.{x}.weight": (width, width) for x in "qkvo"}
+        shapes |= {f"blocks.{i}.norm{n}.weight": (width,) for n in (1, 2)}
+        shapes |= {f"blocks.{i}.ffn.{x}.weight": (ffn, width) for x in ("gate.0", "fc1")}
+        shapes |= {f"blocks.{i}.ffn.fc2.weight": (width, ffn), f"blocks.{i}.pos_embedding.embedding.weight": (32, heads)}
+    assert all(text_encoder_name(name) for name in shapes)
+    return shapes
+
+
+def vae_shapes(demo_vae: Path, width: int = 96) -> Shapes:
+    """The published VAE's shapes: those of the demo's, which has the same structure, at another width."""
+    from diffusers import AutoencoderKLWan
+
+    from wan22.tensor_files import Safetensors
+
+    with torch.device("meta"):
+        wanted = AutoencoderKLWan(base_dim=width).state_dict()
+    return {name: tuple(wanted[vae_name(name)].shape) for name in Safetensors(demo_vae).shapes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the experts")
+    parser.add_argument("--layers", type=int, help="instead of the published 40")
+    parser.add_argument("--link", action="store_true", help="low-noise expert: links to the high-noise one's files")
+    parser.add_argument("--only-experts", action="store_true", help="neither text encoder nor VAE")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="draws the numbers")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    config = json.loads((configs_dir() / "Wan2.2-T2V-A14B/high_noise_model/config.json").read_text())
+    config["num_layers"] = args.layers or config["num_layers"]
+    sizes = {key: value for key, value in config.items() if key in TransformerConfig.__dataclass_fields__}
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in WanTransformer(TransformerConfig(**sizes)).state_dict().items()}
+    high, low = args.folder / "high_noise_model", args.folder / "low_noise_model"
+    write_expert(high, config, shapes, DTYPES[args.dtype], args.device)
+    if args.link:
+        low.mkdir()
+        for file in high.iterdir():
+            (low / file.name).hardlink_to(file)
+    else:
+        write_expert(low, config, shapes, DTYPES[args.dtype], args.device)
+    if not args.only_experts:
+        demo = data_dir("demo")
+        for file, table, dtype in (
+            (TEXT_ENCODER, text_encoder_shapes(), torch.bfloat16),
+            (VAE, vae_shapes(demo / f"{VAE}.safetensors"), torch.float32),
+        ):
+            tensors = {name: random_tensor(name, shape, dtype, args.device) for name, shape in table.items()}
+            save_file(tensors, args.folder / f"{file}.safetensors")
+        shutil.copytree(demo / TOKENIZER, args.folder / TOKENIZER)
+    print(args.folder)
+
+
+if __name__ == "__main__":
+    main()

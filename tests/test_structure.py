@@ -1,0 +1,95 @@
+"""The house's order: imports point down, the settings need no library, the command line answers at once."""
+
+import ast
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+FLOORS = [
+    {"cli"},
+    {"pipeline", "batch", "bench", "compare", "convert", "download", "prompt_extend", "gallery"},
+    {"plan", "text_encoder", "sampling", "vae", "video"},
+    {"experts", "state", "step_cache", "record", "sheet"},
+    {"load"},
+    {"checkpoint", "lora", "quantize", "parallel"},
+    {"tensor_files"},
+    {"model"},
+    {"attention", "kernels"},
+    {"names", "report", "verify"},
+    {"config"},
+]
+FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+FORBIDDEN = {
+    "model": ("torch.distributed", "diffusers", "transformers"),
+    "config": ("torch", "numpy", "typer", "diffusers", "transformers"),
+    "video": ("torch",),
+}
+
+
+def modules():
+    for path in sorted((ROOT / "wan22").rglob("*.py")):
+        name = path.relative_to(ROOT / "wan22").parts[0].removesuffix(".py")
+        if name not in ("__init__", "__main__", "demo"):
+            yield name, path
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from ([f"wan22.{alias.name}" for alias in node.names] if node.module == "wan22" else [node.module])
+        elif isinstance(node, ast.ImportFrom):
+            yield f"wan22.{node.module}" if node.module else "wan22"
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: str(value))
+def test_imports_point_down(name, path):
+    assert name in FLOOR, f"{path} has no floor in docs/architecture.md"
+    for other in imported(path):
+        part = other.split(".")[1] if other.startswith("wan22.") else None
+        assert part not in FLOOR or FLOOR[part] > FLOOR[name] or part == name, f"{path} imports {other}"
+        assert not other.startswith(FORBIDDEN.get(name, ("\0",))), f"{path} imports {other}"
+
+
+def run(*words):
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_help_is_quick_and_brings_no_library():
+    script = "import sys; sys.argv = ['wan22', '--help']; from wan22.cli import main; main(['--help']); " \
+             "sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'transformers', 'diffusers')))"  # fmt: skip
+    assert run("-c", script).returncode == 0
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = run("-m", "wan22", "--help")
+        times.append(time.perf_counter() - start)
+        assert "generate" in result.stdout
+    print(f"wan22 --help: {min(times):.2f} s")
+    assert min(times) < 0.5
+
+
+def test_missing_weights_are_told_at_once(tmp_path):
+    start = time.perf_counter()
+    result = run(
+        "generate.py", "--task", "t2v-A14B", "--size", "1280*720", "--ckpt_dir", str(tmp_path / "T2V_A14B_weights"),
+        "--offload_model", "True", "--convert_model_dtype", "--prompt", "A beautiful sunset over the ocean",
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    print(f"{seconds:.2f} s")
+    assert result.returncode == 2
+    assert "T2V_A14B_weights" in result.stderr
+    assert "wan22 download" in result.stderr
+    assert seconds < 1
+
+
+def test_a_wrong_file_is_told_before_torch(tiny_copy):
+    shard = next((tiny_copy / "low_noise_model").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    script = "import sys; from wan22.cli import main; code = main(sys.argv[1:]); sys.exit(code if 'torch' not in sys.modules else 9)"
+    result = run("-c", script, "generate", "--prompt", "x", "--ckpt_dir", str(tiny_copy))
+    assert (result.returncode, "truncated" in result.stderr) == (2, True)
