@@ -144,7 +144,7 @@ class VideoWriter:
         if not self._count:
             raise RunError(f"could not write {self.path}: there were no frames")
         staged = self._finish()
-        try:  # an ffmpeg of 4.x exits 0 when the disk fills at the very end: believe the file, not the exit code
+        try:  # believe the file, not exit codes
             whole = stored_text(staged) == self._text
         except ValueError:
             whole = False
@@ -181,12 +181,13 @@ class _Mp4Writer(VideoWriter):
         metadata.write_text(f";FFMETADATA1\ncomment={escaped}\n", encoding="utf-8", newline="\n")
         self._video = self._staging / "video.mp4"
         rate = Fraction(self._fps).limit_denominator(1001)
-        command = [_ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error"]
+        command = [_ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error", "-xerror"]
         command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self._width}x{self._height}", "-r", str(rate)]
         command += ["-i", "pipe:0", "-f", "ffmetadata", "-i", str(metadata), "-map", "0:v", "-map_metadata", "1"]
         command += ["-vf", _TO_BT709, *_TAG_BT709, "-c:v", "libx264", "-crf", str(_CRF), "-threads", str(_THREADS)]
-        # bitexact: no ffmpeg version and no date; faststart: what a player needs first comes first.
-        command += ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart", "-f", "mp4"]
+        # xerror: ffmpeg 4.x exits 0 otherwise when the disk fills at the very end; bitexact: no ffmpeg version and no
+        # date; faststart: what a player needs first comes first; write_colr: the colours' tag, in older ffmpegs too.
+        command += ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart+write_colr", "-f", "mp4"]
         self._process = subprocess.Popen(
             [*command, str(self._video)],
             stdin=subprocess.PIPE,
@@ -305,12 +306,12 @@ _WRITERS: dict[str, type[VideoWriter]] = {".mp4": _Mp4Writer, ".gif": _GifWriter
 
 
 def _kind(path: str | Path) -> type[VideoWriter]:
-    """By suffix; a folder of frames where there is none, or where a folder with another suffix is. Raises RequestError."""
+    """By suffix; a folder of frames where there is none, and in a folder with another one. Raises RequestError."""
     target = Path(path)
-    suffix = target.suffix.lower()
-    if not suffix or (target.is_dir() and suffix not in _WRITERS):
+    suffix, is_folder = target.suffix.lower(), os.path.isdir(target)
+    if not suffix or (is_folder and suffix not in _WRITERS):
         return _FolderWriter
-    if target.is_dir():
+    if is_folder:
         raise RequestError(f"cannot write {target}: it is a folder", hint=_overwrite_hint(target))
     if suffix not in _WRITERS or os.fspath(path).endswith(("/", os.sep)):  # Path drops a slash, and with it the intent
         hint = f"known: {', '.join(_WRITERS)}; without one, a folder of frames"
