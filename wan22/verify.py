@@ -1,10 +1,11 @@
-"""What a checkpoint's files should be, and whether they are: sizes, hashes, and a record of what was proven. Stdlib only.
+"""What a checkpoint's files should be, and whether they are: sizes, hashes, a record of what was proven. Stdlib only.
 
 A file is *proven* once its whole content was hashed and matched; `.wan22/files.json` beside it remembers that with the
 size and modification time it had then, so that going on after a kill does not read 126 GB again. `check` never trusts
 that record's proofs, only its list of what belongs in the folder.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -88,6 +89,15 @@ class CheckReport:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "folder": str(self.folder), "whole": self.whole}
 
+    def lines(self) -> list[str]:
+        """The report for a person: what is wrong, what is unexpected, then the sum."""
+        lines = []
+        for problem in self.problems:
+            lines += [str(problem)] + ([f"  hint: {problem.hint}"] if problem.hint else [])
+        lines += [f"{path}: not part of the checkpoint" for path in self.unexpected]
+        speed = f"{human(self.bytes_read)} read at {human(self.bytes_read / max(self.seconds, 1e-3))}/s"
+        return [*lines, f"{self.folder}: {len(self.verified)} files whole, {len(self.problems)} not; {speed}"]
+
 
 def published_files() -> list[KnownFile]:
     """The 22 files of the published repository that inference needs, from the manifest that is part of this package."""
@@ -112,7 +122,7 @@ def select(files: Iterable[KnownFile], only: Sequence[str], where: str) -> list[
     chosen: dict[str, KnownFile] = {}
     for name in only:
         plain = name.strip("/")
-        found = [f for f in files if f.path == plain or f.path.startswith(plain + "/") or fnmatch.fnmatch(f.path, plain)]
+        found = [f for f in files if (f.path + "/").startswith(plain + "/") or fnmatch.fnmatchcase(f.path, plain)]
         if not found:
             tops = sorted({f.path.split("/")[0] for f in files})
             known = ", ".join(tops[:12]) + (", …" if len(tops) > 12 else "")
@@ -167,9 +177,10 @@ def examine(path: Path, file: KnownFile, on_bytes: Callable[[int], object] | Non
 
 
 def on_all_cores(work: Callable[[KnownFile], T], files: Iterable[KnownFile]) -> list[T]:
-    """`work` over the files, largest first, on as many threads as there are cores: hashing releases the GIL."""
+    """`work` over the files, largest first, on two threads a core: hashing releases the GIL, and one can wait for the
+    disk while the other hashes."""
     ordered = sorted(files, key=lambda file: -file.size)
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
         futures = [pool.submit(work, file) for file in ordered]
         try:
             return [future.result() for future in futures]
@@ -196,9 +207,9 @@ class Record:
             pass
 
     def files(self, source: str | None = None) -> list[KnownFile]:
-        """The files recorded for `source` (`owner/name@revision`), or for all."""
+        """The files recorded for `source` (`owner/name@revision`), or for all. Raises RequestError for a bad path."""
         return [
-            KnownFile(path, entry["size"], entry["digest"], entry["kind"], entry["blob"])
+            KnownFile(safe_path(path, str(self._file)), entry["size"], entry["digest"], entry["kind"], entry["blob"])
             for path, entry in self._table["files"].items()
             if source in (None, entry["source"])
         ]
@@ -207,18 +218,17 @@ class Record:
         """Whether anything was ever asked for from this repository, at any revision."""
         return any(source.split("@")[0] == repo_id for source in self._table["sources"])
 
-    def commit(self, source: str, only: Sequence[str]) -> str | None:
-        """The commit of an earlier request for at least `only` from `source`; None: there was none."""
-        known = self._table["sources"].get(source)
-        return known["commit"] if known and ([] in known["asked"] or list(only) in known["asked"]) else None
+    def asked(self, source: str, only: Sequence[str]) -> bool:
+        """Whether at least `only` was asked for from `source`."""
+        asked = self._table["sources"].get(source, [])
+        return [] in asked or list(only) in asked
 
-    def ask(self, source: str, commit: str, only: Sequence[str], files: Iterable[KnownFile]) -> None:
-        """Remember that these files belong in the folder."""
+    def ask(self, source: str, only: Sequence[str], files: Iterable[KnownFile]) -> None:
+        """Remember that these files, what `only` chooses of `source`, belong in the folder."""
         with self._lock:
-            known = self._table["sources"].setdefault(source, {"commit": commit, "asked": []})
-            known["commit"] = commit
-            if list(only) not in known["asked"]:
-                known["asked"].append(list(only))
+            asked = self._table["sources"].setdefault(source, [])
+            if list(only) not in asked:
+                asked.append(list(only))
             for file in files:
                 old = self._table["files"].get(file.path, {})
                 same = (old.get("size"), old.get("digest")) == (file.size, file.digest)
@@ -246,6 +256,15 @@ class Record:
             self._table["files"][file.path]["proven_mtime_ns"] = path.stat().st_mtime_ns
             self._save()
 
+    def disprove(self, paths: Iterable[str]) -> None:
+        """Forget that these were proven, so that the next download looks at them again. Raises OSError."""
+        with self._lock:
+            proven = [path for path in paths if self._table["files"].get(path, {}).get("proven_mtime_ns")]
+            for path in proven:
+                self._table["files"][path]["proven_mtime_ns"] = None
+            if proven:
+                self._save()
+
     def _save(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         fresh = self._file.with_suffix(".new")
@@ -254,7 +273,7 @@ class Record:
 
 
 def state_dir(folder: Path) -> Path:
-    """Where a checkpoint folder's record lies: inside it, or, for a snapshot in the Hub cache, in its repository's folder."""
+    """Where the record of a checkpoint folder lies: inside it; of a snapshot in the Hub cache, beside the snapshots."""
     if folder.parent.name == "snapshots":
         return folder.parent.parent / STATE_DIR / folder.name
     return folder / STATE_DIR
@@ -263,10 +282,11 @@ def state_dir(folder: Path) -> Path:
 def check(
     folder: str | Path, *, only: Sequence[str] = (), on_start: Callable[[int], Callable[[int], object]] | None = None
 ) -> CheckReport:
-    """Hash every file that belongs in `folder` and compare, reading only: at the disk's speed, on all cores.
+    """Hash every file that belongs in `folder` and compare: at the disk's speed, on all cores, changing no file.
 
     What belongs there is what `download` was asked to put there, and, in a folder of the published layout, what the
-    manifest names. only: as for `select`. on_start(total bytes) → on_bytes(bytes just read), for a progress bar.
+    manifest names. A file that fails loses its proof in the record, so that `download` will mend it. only: as for
+    `select`. on_start(total bytes) → on_bytes(bytes just read), for a progress bar.
     Raises RequestError if the folder does not exist or nothing is known about it.
     """
     folder = Path(folder).expanduser()
@@ -275,11 +295,12 @@ def check(
     started = time.monotonic()
     record = Record(state_dir(folder))
     belongs = {file.path: file for file in record.files()}
-    published = published_files()
-    if present := [file for file in published if (folder / file.path).exists()]:
-        # In a folder that we filled, a part may have been asked for; in any other, the whole checkpoint was meant.
-        for file in present if record.knows(PUBLISHED) else published:
-            belongs.setdefault(file.path, file)
+    published = {file.path: file for file in published_files()}
+    present = {path: file for path, file in published.items() if (folder / path).exists()}
+    if record.knows(PUBLISHED):  # a part may have been asked for, and another brought by hand
+        belongs = present | belongs
+    elif present and not published.keys() & belongs.keys():  # brought by hand: then all of it was meant
+        belongs = published | belongs
     if not belongs:
         raise RequestError(
             f"--check {folder}: neither the published layout nor a folder that `wan22 download` filled",
@@ -296,7 +317,9 @@ def check(
         if on_bytes:
             on_bytes(size)
 
-    found = on_all_cores(lambda file: (file, examine(folder / safe_path(file.path, "the record"), file, count)), files)
+    found = on_all_cores(lambda file: (file, examine(folder / file.path, file, count)), files)
+    with contextlib.suppress(OSError):  # a folder that cannot be written to cannot be mended by a download either
+        record.disprove(file.path for file, problem in found if problem)
     return CheckReport(
         folder,
         tuple(sorted(file.path for file, problem in found if not problem)),
