@@ -1,20 +1,29 @@
-"""A checkpoint folder: where it is, whether it is whole, and its tensors by their published names.
+"""A checkpoint: where it is, whether it is whole, and its parts by their published names.
 
-The published layout: two experts as sharded safetensors with an index and a config each; the text encoder and the
-VAE as .pth, or as .safetensors under the same names; a tokenizer folder. Opening reads headers and configs only.
+A folder in the published layout or Diffusers', or parts named one by one, each in any layout (`layouts.py`). Opening
+reads headers and configs only.
+
+| part               | published                                               | Diffusers        |
+|--------------------|---------------------------------------------------------|------------------|
+| high-noise expert  | `high_noise_model/`                                     | `transformer/`   |
+| low-noise expert   | `low_noise_model/`                                      | `transformer_2/` |
+| text encoder       | `models_t5_umt5-xxl-enc-bf16` (.pth, or .safetensors,   | `text_encoder/`  |
+| VAE                | `Wan2.1_VAE`                   in shards with an index) | `vae/`           |
+| tokenizer          | `google/umt5-xxl/`                                      | `tokenizer/`     |
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan22.config import DEFAULT_TASK, MODEL_SPECS, RequestError, data_dir
-from wan22.tensor_files import Pickle, Safetensors, open_checked, sample_bytes
+from wan22.config import DEFAULT_TASK, EXPERT_SIDES, MODEL_SPECS, RequestError, data_dir
+from wan22.expert_files import check_side, read_config, refuse_single_transformer, same_content, same_files, sizes_of
+from wan22.layouts import EXPERT, TEXT_ENCODER, VAE, Published, find_tensors, publish
+from wan22.tensor_files import FileTensors, MissingFiles, TensorSource, open_checked, sample_bytes
 
 if TYPE_CHECKING:
     from wan22.model import TransformerConfig
@@ -22,18 +31,24 @@ if TYPE_CHECKING:
 REPOSITORY = "Wan-AI/Wan2.2-T2V-A14B"
 DEFAULT_FOLDERS = ("Wan2.2-T2V-A14B", "T2V_A14B_weights")
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16"
-VAE = "Wan2.1_VAE"
+TEXT_ENCODER_STEM = "models_t5_umt5-xxl-enc-bf16"
+VAE_STEM = "Wan2.1_VAE"
 TOKENIZER = "google/umt5-xxl"
+SUFFIXES = (".safetensors", ".safetensors.index.json", ".pth")  # what a stem may end in; the first that is there counts
+DIFFUSERS_INDEX = "model_index.json"
 DOWNLOAD_HINT = "get it: wan22 download --ckpt_dir ./T2V_A14B_weights   (126 GB; or try: --model demo)"
 
 
 # --- where it is -----------------------------------------------------------------------------------------------------
+def hub_cache() -> Path:
+    """The Hugging Face cache, there or not."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+
+
 def hub_snapshot(repository: str) -> Path | None:
     """The newest snapshot of `owner/name` in the Hugging Face cache, if it is there."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
-    folder = cache / f"models--{repository.replace('/', '--')}"
+    folder = hub_cache() / f"models--{repository.replace('/', '--')}"
     main = folder / "refs" / "main"
     if main.is_file() and (snapshot := folder / "snapshots" / main.read_text().strip()).is_dir():
         return snapshot
@@ -79,12 +94,44 @@ def find_checkpoint(model: str | None = None, ckpt_dir: str | None = None) -> Pa
 
 # --- what is in it ---------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
+class Parts:
+    """Parts named one by one, each a file or folder in any layout; what is None is the base checkpoint's."""
+
+    high_noise: str | None = None
+    low_noise: str | None = None
+    text_encoder: str | None = None
+    vae: str | None = None
+    tokenizer: str | None = None
+
+    def named(self) -> "dict[str, Path]":
+        """Those that are named, by role."""
+        return {role: Path(path) for role, path in zip(ROLES, vars(self).values(), strict=True) if path}
+
+    @property
+    def need_no_base(self) -> bool:
+        return len(self.named()) == len(ROLES)
+
+
+EXPERTS = MODEL_SPECS[DEFAULT_TASK].experts
+ROLES = (*EXPERTS, "text_encoder", "vae", "tokenizer")  # in the order of Parts
+FLAGS = dict(zip(ROLES, ("--high-noise", "--low-noise", "--text-encoder", "--vae", "--tokenizer"), strict=True))
+PUBLISHED_PLACES = dict(zip(ROLES, (*EXPERTS, TEXT_ENCODER_STEM, VAE_STEM, TOKENIZER), strict=True))
+DIFFUSERS_PLACES = dict(zip(ROLES, ("transformer", "transformer_2", "text_encoder", "vae", "tokenizer"), strict=True))
+
+
+@dataclass(frozen=True)
 class Expert:
-    """One expert's folder: its tensors under published names, and the sizes its config tells."""
+    """One expert: its tensors under published names, and its sizes in published keys."""
 
     name: str
-    tensors: Safetensors
+    tensors: TensorSource
     config: dict[str, Any]
+
+    @property
+    def label(self) -> Path:
+        """What messages call it: its file, or the folder of its shards."""
+        path = self.tensors.path
+        return path.parent if path.name.endswith(".json") else path
 
     def transformer_config(self) -> "TransformerConfig":
         from wan22.model import TransformerConfig
@@ -93,131 +140,186 @@ class Expert:
         return TransformerConfig(**{key: value for key, value in self.config.items() if key in known})
 
 
+Piece = Expert | TensorSource | Path  # of an expert, of text encoder and VAE, of the tokenizer
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened folder. `experts` in the order of `ModelSpec.experts`."""
+    """An opened checkpoint.
+
+    folder: the base; where every part was named, the high-noise expert's; experts: in the order of
+    `ModelSpec.experts`; boundary: a Diffusers folder's own, as a fraction of 1000; warnings: what is allowed and odd.
+    """
 
     folder: Path
+    name: str  # for records: it says nothing of where things lie
     experts: dict[str, Expert]
-    text_encoder: Safetensors | Pickle
-    vae: Safetensors | Pickle
+    text_encoder: TensorSource
+    vae: TensorSource
     tokenizer: Path
+    boundary: float | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def identity(self) -> str:
-        """A digest (hex) of what the checkpoint is, from index, headers, sizes and sampled bytes: seconds, not hours.
+        """A digest (hex) of what the checkpoint is, from headers, sizes and sampled bytes: seconds, not hours.
 
-        It does not depend on where the folder lies. Two files that differ only between the samples look alike: to
-        prove files whole, verify their SHA-256 (`wan22 download --check`).
+        It depends neither on where the files lie nor on their names. Two files that differ only between the samples
+        look alike: to prove files whole, verify their SHA-256 (`wan22 download --check`).
         """
-        sources = [*(expert.tensors for expert in self.experts.values()), self.text_encoder, self.vae]
-        files = {path for source in sources for path in source.files}
-        files |= {self.folder / name / "config.json" for name in self.experts}
-        files |= {path for path in self.tokenizer.iterdir() if path.is_file()}
         state = hashlib.sha256()
-        for path in sorted(files, key=lambda path: path.relative_to(self.folder).as_posix()):
-            header = next((s.headers[path] for s in sources if isinstance(s, Safetensors) and path in s.headers), b"")
-            state.update(f"{path.relative_to(self.folder).as_posix()}\0{path.stat().st_size}\0".encode())
-            state.update(hashlib.sha256(header + sample_bytes(path)).digest())
+        for expert in self.experts.values():
+            told = {key: value for key, value in expert.config.items() if not key.startswith("_")}
+            state.update(json.dumps(told, sort_keys=True).encode() + _digest(expert.tensors))
+        state.update(_digest(self.text_encoder) + _digest(self.vae))
+        for path in sorted(path for path in self.tokenizer.iterdir() if path.is_file()):
+            state.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
         return state.hexdigest()
 
 
-REQUIRED_SIZES = ("dim", "ffn_dim", "num_heads", "num_layers")
+def _digest(tensors: TensorSource) -> bytes:
+    """What a part's files hold; an index only says where."""
+    source = tensors.source if isinstance(tensors, Published) else tensors
+    headers = source.headers if isinstance(source, FileTensors) else dict.fromkeys(source.files, b"")
+    files = [
+        hashlib.sha256(f"{path.stat().st_size}\0".encode() + header + sample_bytes(path)).digest()
+        for path, header in headers.items()
+    ]
+    return hashlib.sha256(b"".join(sorted(files))).digest()
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def is_diffusers(folder: Path) -> bool:
+    return (folder / DIFFUSERS_INDEX).is_file() or (
+        (folder / "transformer").is_dir() and not any((folder / name).is_dir() for name in EXPERTS)
+    )
+
+
+def place_in(folder: Path, role: str) -> Path:
+    """Where a part lies in a checkpoint folder, or should."""
+    if is_diffusers(folder):
+        return folder / DIFFUSERS_PLACES[role]
+    place = folder / PUBLISHED_PLACES[role]
+    if role in ("text_encoder", "vae"):
+        there = [path for suffix in SUFFIXES if (path := place.with_name(place.name + suffix)).exists()]
+        return there[0] if there else place.with_name(f"{place.name}.pth")
+    return place
+
+
+def open_piece(role: str, path: Path, in_base: bool) -> Piece:
+    """Open one part's headers and config. in_base: in a checkpoint folder, where an expert has a config.json; a part
+    that was named may do without, and may be a whole checkpoint folder that has the part. Raises RequestError."""
+    if not in_base and path.is_dir() and (inside := place_in(path, role)).exists():
+        return open_piece(role, inside, in_base=True)
+    if not path.exists():
+        raise MissingFiles([path])
+    if role == "tokenizer":
+        open_checked(path / "tokenizer.json")
+        return path
+    if role not in EXPERTS:
+        return publish(find_tensors(path), TEXT_ENCODER if role == "text_encoder" else VAE)
+    missing: MissingFiles | None = None
+    told: dict[str, Any] = {}
+    config = path / "config.json"
+    try:
+        told = read_config(config) if path.is_dir() and (in_base or config.exists()) else {}
+    except MissingFiles as error:
+        missing = error
+    try:
+        tensors = publish(find_tensors(path), EXPERT)
+    except MissingFiles as error:
+        raise MissingFiles([*(missing.paths if missing else ()), *error.paths]) from None
+    if missing:
+        raise missing
+    return Expert(role, tensors, sizes_of(tensors, told))
+
+
+def open_pieces(folder: Path | None, parts: Parts) -> dict[str, Piece | RequestError]:
+    """Every part, or why it cannot be opened."""
+    pieces: dict[str, Piece | RequestError] = {}
+    places = {role: place_in(folder, role) for role in ROLES} if folder else {}
+    named = parts.named()
+    for role, path in {**places, **named}.items():
+        try:
+            pieces[role] = open_piece(role, path, role not in named)
+        except RequestError as error:
+            pieces[role] = error
+    return pieces
+
+
+def open_checkpoint(folder: Path | None, task: str = DEFAULT_TASK, parts: Parts = Parts()) -> Checkpoint:
+    """Read every header and config, check that nothing is missing and that the parts belong together.
+
+    folder: the base; None where `parts` names everything. Raises RequestError naming the file at fault, or everything
+    that is missing.
+    """
+    named = parts.named()
+    if folder and not named.keys() & set(EXPERTS):
+        check_is_checkpoint(folder)
+    pieces = open_pieces(folder, parts)
+    errors = [piece for piece in pieces.values() if isinstance(piece, RequestError)]
+    missing = [path for error in errors if isinstance(error, MissingFiles) for path in error.paths]
+    if broken := next((error for error in errors if not isinstance(error, MissingFiles)), None):
+        raise broken
+    if missing:
+        raise MissingFiles(missing)
+    opened: dict[str, Any] = dict(pieces)
+    experts = {name: opened.pop(name) for name in MODEL_SPECS[task].experts}
+    warnings = check_pair(experts, named)
+    return Checkpoint(
+        folder or next(iter(experts.values())).label.parent,
+        folder.resolve().name if folder else "parts",
+        experts,
+        **opened,
+        boundary=read_boundary(folder) if folder and not named.keys() & experts.keys() else None,
+        warnings=warnings,
+    )
+
+
+def check_is_checkpoint(folder: Path) -> None:
+    """Some expert must be in a base folder; what else it may be is said. Raises RequestError."""
+    refuse_single_transformer(folder)
+    if any(place_in(folder, name).exists() for name in EXPERTS):
+        return
+    loose = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
+    said = f"{folder}: not a checkpoint: no {EXPERTS[0]}/ and {EXPERTS[1]}/ in it"
+    if loose:
+        flags = " FILE ".join(FLAGS.values())
+        raise RequestError(f"{said}, but {loose[0]}", hint=f"say which file is what: {flags} FOLDER")
+    raise RequestError(said, hint=DOWNLOAD_HINT)
+
+
+def check_pair(experts: dict[str, Expert], named: dict[str, Path]) -> list[str]:
+    """The experts must be of one size, each in its place, and not the same one twice. Warnings; raises RequestError."""
+    warnings = []
+    for (name, expert), side in zip(experts.items(), EXPERT_SIDES, strict=True):
+        if said := check_side(named.get(name, expert.label), side, expert.tensors, expert.config):
+            warnings.append(said)
+    first, second = experts.values()
+    for key in sorted((first.config.keys() & second.config.keys()) - {"_diffusers_version", "_name_or_path"}):
+        if first.config[key] != second.config[key]:
+            raise RequestError(
+                f"{first.label.parent}: the experts differ: {key} is {first.config[key]} in {first.label.name}, "
+                f"{second.config[key]} in {second.label.name}"
+            )
+    if same_content(first.tensors, second.tensors):
+        said = f"{first.label} and {second.label} are the same expert: both are the same file content"
+        # Links within one folder were made on purpose, to save the disk in tests of memory and speed.
+        if named.keys() & experts.keys() or not same_files(first.tensors, second.tensors):
+            raise RequestError(said, hint="name one high-noise and one low-noise expert")
+        warnings.append(f"{said}: the videos will be noise")
+    return warnings
+
+
+def read_boundary(folder: Path) -> float | None:
+    """A Diffusers folder's `boundary_ratio`, where it says one. Its scheduler's shift and its guidance are not taken
+    over: the published recipe stays the default. Raises RequestError."""
+    path = folder / DIFFUSERS_INDEX
+    if not path.is_file():
+        return None
     open_checked(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {name: config[name] for name in REQUIRED_SIZES}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise RequestError(f"{path}: not an expert's config: {error}") from None
-    except KeyError as error:
-        raise RequestError(f"{path}: not an expert's config: misses {error}") from None
-    for name, value in sizes.items():
-        if not isinstance(value, int) or not 0 < value < 1 << 20:
-            raise RequestError(f"{path}: {name} is {value!r}")
-    if sizes["dim"] % sizes["num_heads"]:
-        raise RequestError(f"{path}: {sizes['num_heads']} heads do not divide a width of {sizes['dim']}")
-    if config.get("model_type", "t2v") != "t2v":
-        raise RequestError(f"{path}: a {config['model_type']!r} model; this tool makes videos from text (t2v)")
-    return config
-
-
-def _either(folder: Path, stem: str) -> Safetensors | Pickle:
-    safe, pickled = folder / f"{stem}.safetensors", folder / f"{stem}.pth"
-    return Safetensors(safe) if safe.exists() else Pickle(pickled)
-
-
-def open_checkpoint(folder: Path, task: str = DEFAULT_TASK) -> Checkpoint:
-    """Read every header and config, check that the folder is whole. Raises RequestError naming the file at fault."""
-    names = MODEL_SPECS[task].experts
-    if not any((folder / name).is_dir() for name in names):
-        raise RequestError(f"{folder}: not a checkpoint: no {names[0]}/ and {names[1]}/ in it", hint=DOWNLOAD_HINT)
-    experts = {
-        name: Expert(name, Safetensors(folder / name / INDEX), _read_config(folder / name / "config.json"))
-        for name in names
-    }
-    first, second = (expert.config for expert in experts.values())
-    for key in sorted({*first, *second} - {"_diffusers_version"}):
-        if first.get(key) != second.get(key):
-            raise RequestError(f"{folder}: the experts differ: {key} is {first.get(key)} in {names[0]}, "
-                               f"{second.get(key)} in {names[1]}")  # fmt: skip
-    tokenizer = folder / TOKENIZER
-    open_checked(tokenizer / "tokenizer.json")
-    return Checkpoint(folder, experts, _either(folder, TEXT_ENCODER), _either(folder, VAE), tokenizer)
-
-
-# --- published names → the libraries' names --------------------------------------------------------------------------
-def rename(name: str, rules: Mapping[str, str]) -> str:
-    """The first rule that matches the whole name gives its new form; `{}`-free regular expressions."""
-    for pattern, template in rules.items():
-        if match := re.fullmatch(pattern, name):
-            return match.expand(template)
-    raise KeyError(name)
-
-
-TEXT_ENCODER_NAMES = {
-    r"token_embedding\.weight": r"shared.weight",
-    r"norm\.weight": r"encoder.final_layer_norm.weight",
-    r"blocks\.(\d+)\.attn\.([qkvo])\.weight": r"encoder.block.\1.layer.0.SelfAttention.\2.weight",
-    r"blocks\.(\d+)\.pos_embedding\.embedding\.weight": (
-        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.weight"
-    ),
-    r"blocks\.(\d+)\.norm1\.weight": r"encoder.block.\1.layer.0.layer_norm.weight",
-    r"blocks\.(\d+)\.norm2\.weight": r"encoder.block.\1.layer.1.layer_norm.weight",
-    r"blocks\.(\d+)\.ffn\.gate\.0\.weight": r"encoder.block.\1.layer.1.DenseReluDense.wi_0.weight",
-    r"blocks\.(\d+)\.ffn\.fc1\.weight": r"encoder.block.\1.layer.1.DenseReluDense.wi_1.weight",
-    r"blocks\.(\d+)\.ffn\.fc2\.weight": r"encoder.block.\1.layer.1.DenseReluDense.wo.weight",
-}
-
-
-def text_encoder_name(published: str) -> str:
-    """A published text-encoder tensor's name in transformers' `UMT5EncoderModel`."""
-    return rename(published, TEXT_ENCODER_NAMES)
-
-
-VAE_PARTS = (
-    (r"^(en|de)coder\.conv1\.", r"\1coder.conv_in."),
-    (r"^conv1\.", r"quant_conv."),
-    (r"^conv2\.", r"post_quant_conv."),
-    (r"\.middle\.([02])\.", lambda match: f".mid_block.resnets.{int(match[1]) // 2}."),
-    (r"\.middle\.1\.", r".mid_block.attentions.0."),
-    (r"\.head\.0\.", r".norm_out."),
-    (r"\.head\.2\.", r".conv_out."),
-    (r"\.downsamples\.", r".down_blocks."),
-    # The published decoder counts its layers through; in each group of four, three are residual, one goes up.
-    (r"\.upsamples\.(\d+)\.", lambda match: ".up_blocks.{}.{}.".format(
-        int(match[1]) // 4, "upsamplers.0" if int(match[1]) % 4 == 3 else f"resnets.{int(match[1]) % 4}")),
-    (r"\.residual\.0\.", r".norm1."),
-    (r"\.residual\.2\.", r".conv1."),
-    (r"\.residual\.3\.", r".norm2."),
-    (r"\.residual\.6\.", r".conv2."),
-    (r"\.shortcut\.", r".conv_shortcut."),
-)  # fmt: skip
-
-
-def vae_name(published: str) -> str:
-    """A published VAE tensor's name in diffusers' `AutoencoderKLWan`."""
-    for pattern, replacement in VAE_PARTS:
-        published = re.sub(pattern, replacement, published)
-    return published
+        boundary = json.loads(path.read_text(encoding="utf-8")).get("boundary_ratio")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise RequestError(f"{path}: not a Diffusers index: {error}") from None
+    if boundary is not None and (not isinstance(boundary, int | float) or not 0 <= boundary <= 1):
+        raise RequestError(f"{path}: boundary_ratio is {boundary!r}, not a fraction")
+    return None if boundary is None else float(boundary)

@@ -1,8 +1,7 @@
 """Files of tensors, read lazily and strictly: safetensors shards with their index, and weights-only pickles.
 
 Headers are parsed and checked with the standard library alone, so that a missing, truncated or foreign file is told
-before torch is imported. Tensors are read by plain positioned reads through small buffers, cast on the way: host
-memory holds the result and the buffers, never a shard, and nothing stays mapped.
+before torch is imported. Where the bytes go is reading.py's.
 """
 
 import json
@@ -11,44 +10,66 @@ import os
 import threading
 import zipfile
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from wan22 import reading
 from wan22.config import RequestError
+from wan22.reading import ITEM_BYTES, Entry, Job
 
 if TYPE_CHECKING:
     import torch
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-              "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors format itself
-BUFFER_BYTES = 16 << 20
-READERS = 4
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+FETCH_HINT = "fetch it: wan22 download --ckpt_dir FOLDER"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies: `nbytes` bytes at `offset` of `path`, `dtype` in safetensors' words."""
+class MissingFiles(RequestError):
+    """Files that are not there; several are named in one line."""
 
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.paths = list(dict.fromkeys(paths))
+        if len(self.paths) == 1:
+            said = f"{self.paths[0]}: no such file"
+        else:
+            folder = Path(os.path.commonpath([path.parent.absolute() for path in self.paths]))
+            names = (path.absolute().relative_to(folder).as_posix() for path in self.paths)
+            said = f"{folder}: no such files: {', '.join(names)}"
+        super().__init__(said, hint=FETCH_HINT)
 
 
 class TensorSource(Protocol):
-    """Tensors by name, from wherever they lie."""
+    """Tensors by name, from wherever they lie.
+
+    path: what messages name; files: all that is read; shapes and dtypes (safetensors' words, or a GGML type's name) by
+    tensor; sizes: stored bytes by tensor; metadata: the file's own, texts and numbers.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def files(self) -> list[Path]: ...
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
+    @property
+    def dtypes(self) -> Mapping[str, str]: ...
+
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
     def read(self, targets: "Mapping[str, torch.Tensor]") -> None:
         """Fill every target with the tensor of its name, cast to the target's dtype, on the target's device."""
+
+    def warm(self, stop: threading.Event) -> None:
+        """Have the system read the files ahead, till `stop` is set; there should be room for them in its page cache."""
 
 
 def open_checked(path: Path) -> int:
@@ -58,7 +79,7 @@ def open_checked(path: Path) -> int:
         with open(path, "rb") as file:
             start = file.read(len(LFS_POINTER))
     except FileNotFoundError:
-        raise RequestError(f"{path}: no such file", hint="fetch it: wan22 download --ckpt_dir FOLDER") from None
+        raise MissingFiles([path]) from None
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
     if start == LFS_POINTER:
@@ -80,12 +101,15 @@ def read_header(path: Path) -> tuple[dict[str, Entry], bytes]:
         raw = file.read(length)
     try:
         table: dict[str, Any] = json.loads(raw)
-        table.pop("__metadata__", None)
+        if not isinstance(table.pop("__metadata__", None) or {}, dict):
+            raise ValueError("its metadata is no table")
         entries, end = {}, 0
         for name, item in table.items():
             start, stop = item["data_offsets"]
-            entry = Entry(path, item["dtype"], tuple(item["shape"]), 8 + length + start, stop - start)
-            if entry.nbytes != math.prod(entry.shape) * ITEM_BYTES[entry.dtype] or start < 0:
+            if (item_bytes := ITEM_BYTES.get(item["dtype"])) is None:
+                raise ValueError(f"tensor {name} is of a type that is not known here, {item['dtype']!r}")
+            entry = Entry(path, item["dtype"], tuple(item["shape"]), 8 + length + start, stop - start, (1, item_bytes))
+            if entry.nbytes != math.prod(entry.shape) * item_bytes or start < 0:
                 raise ValueError(f"tensor {name} has {entry.nbytes} bytes for {entry.dtype} {list(entry.shape)}")
             entries[name], end = entry, max(end, stop)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -110,74 +134,91 @@ def _read_index(path: Path) -> dict[str, str]:
     return names
 
 
-class Safetensors:
+class FileTensors:
+    """Tensors that lie in files as plain or packed numbers: what Safetensors and GGUF files have in common."""
+
+    path: Path
+    headers: dict[Path, bytes]
+    entries: dict[str, Entry]
+    metadata: dict[str, Any]
+
+    @property
+    def files(self) -> list[Path]:
+        return [*self.headers, *([self.path] if self.path not in self.headers else [])]
+
+    @property
+    def each_metadata(self) -> list[dict[str, Any]]:
+        """That of each file, where several have their own under one key."""
+        return [self.metadata]
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        return {name: entry.dtype for name, entry in self.entries.items()}
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        return {name: entry.nbytes for name, entry in self.entries.items()}
+
+    def read(
+        self, targets: "Mapping[str, torch.Tensor]", scales: "Mapping[str, torch.Tensor] | None" = None
+    ) -> None:
+        """Fill the targets, in file order; tensors with scales (float32: one, or one a row) are multiplied by them
+        before they are cast. Raises RequestError."""
+        scales = scales or {}
+        reading.read_entries([Job(self.entries[name], target, scales.get(name)) for name, target in targets.items()])
+
+    def bytes_of(self, name: str) -> bytes:
+        """A small tensor as it lies in its file."""
+        entry = self.entries[name]
+        with open(entry.path, "rb") as file:
+            file.seek(entry.offset)
+            return file.read(entry.nbytes)
+
+    def warm(self, stop: threading.Event) -> None:
+        reading.warm(self.headers, stop)
+
+
+class Safetensors(FileTensors):
     """Tensors of one safetensors file, or of a folder's shards through their index. Opening reads headers only."""
 
     def __init__(self, path: Path) -> None:
         """path: a .safetensors file, or a .safetensors.index.json whose shards lie beside it. Raises RequestError."""
         self.path = path
-        self.headers: dict[Path, bytes] = {}
-        self.entries: dict[str, Entry] = {}
+        self.headers, self.entries, self.metadata = {}, {}, {}
         index = _read_index(path) if path.name.endswith(".json") else None
-        for shard in sorted({path.parent / name for name in index.values()} if index is not None else {path}):
+        shards = sorted({path.parent / name for name in index.values()} if index is not None else {path})
+        if missing := [shard for shard in shards if not shard.exists()]:
+            raise MissingFiles(missing)
+        for shard in shards:
             entries, self.headers[shard] = read_header(shard)
             if index is not None:
                 for name in entries:
                     if index.get(name) != shard.name:
                         raise RequestError(f"{shard}: holds {name}, which {path.name} does not place there")
             self.entries.update(entries)
+        for metadata in self.each_metadata:
+            self.metadata |= metadata
         for name, file in (index or {}).items():
             if name not in self.entries:
                 raise RequestError(f"{path}: names {name} in {file}, which that shard does not hold")
 
     @property
-    def files(self) -> list[Path]:
-        return [*self.headers, *([self.path] if self.path not in self.headers else [])]
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: entry.shape for name, entry in self.entries.items()}
-
-    def read(self, targets: "Mapping[str, torch.Tensor]") -> None:
-        """Fill the targets in file order by a few threads; each holds one buffer of 16 MiB. Raises RequestError."""
-        import torch
-
-        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-                  "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-                  "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
-        local = threading.local()
-
-        def read_piece(entry: Entry, target: torch.Tensor, start: int, count: int) -> None:
-            if not hasattr(local, "buffer"):
-                local.buffer = bytearray(BUFFER_BYTES)
-            item = ITEM_BYTES[entry.dtype]
-            view = memoryview(local.buffer)[: count * item]
-            with open(entry.path, "rb", buffering=0) as file:
-                file.seek(entry.offset + start * item)
-                done = 0
-                while done < len(view):
-                    if not (read := file.readinto(view[done:])):
-                        raise RequestError(f"{entry.path}: ended while it was read; was it replaced meanwhile?")
-                    done += read
-            piece = torch.frombuffer(local.buffer, dtype=dtypes[entry.dtype], count=count)
-            target.view(-1)[start : start + count].copy_(piece)
-
-        pieces: list[tuple[Entry, torch.Tensor, int, int]] = []
-        for name in sorted(targets, key=lambda name: (self.entries[name].path, self.entries[name].offset)):
-            entry, target = self.entries[name], targets[name]
-            step = BUFFER_BYTES // ITEM_BYTES[entry.dtype]
-            pieces.extend((entry, target, at, min(step, target.numel() - at)) for at in range(0, target.numel(), step))
-        with ThreadPoolExecutor(READERS) as pool:
-            for _ in pool.map(lambda piece: read_piece(*piece), pieces):
-                pass
+    def each_metadata(self) -> list[dict[str, Any]]:
+        return [json.loads(header).get("__metadata__") or {} for header in self.headers.values()]
 
 
 class Pickle:
     """Tensors of a .pth file, unpickled with weights only and memory-mapped where the format allows it."""
 
     def __init__(self, path: Path) -> None:
-        """Only checks that the file is there and whole; its table is read with the first question. Raises RequestError."""
+        """Checks that the file is there and whole; its table is read with the first question. Raises RequestError."""
         self.path, self.files = path, [path]
+        self.metadata: dict[str, Any] = {}
+        self.each_metadata: list[dict[str, Any]] = []
         size = open_checked(path)
         with open(path, "rb") as file:
             # A zip's directory is its end: a truncated one is no zip any more.
@@ -208,9 +249,21 @@ class Pickle:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        words = {dtype: word for word, dtype in reading.torch_dtypes().items()}
+        return {name: words.get(tensor.dtype, str(tensor.dtype)) for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        return {name: tensor.nbytes for name, tensor in self.tensors.items()}
+
     def read(self, targets: "Mapping[str, torch.Tensor]") -> None:
         for name, target in targets.items():
             target.copy_(self.tensors[name])
+
+    def warm(self, stop: threading.Event) -> None:
+        reading.warm(self.files, stop)
 
 
 def check_names(source_name: str, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
