@@ -22,7 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan22.attention import attend
-from wan22.kernels import gated_residual, gelu, norm_modulate, qk_norm_rope, rms_norm
+from wan22.kernels import (
+    gated_residual,
+    gated_residual_norm,
+    gated_residual_norm_modulate,
+    gelu,
+    norm_modulate,
+    qk_norm_rope,
+    rms_norm,
+)
 
 ContextKV = list[tuple[Tensor, Tensor]]  # a block's cross-attention keys and values, each [B, M, N, D]
 
@@ -70,16 +78,24 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.dim)
         self.norm_k = RMSNorm(config.dim)
 
+    def project(self, names: str, x: Tensor) -> tuple[Tensor, ...]:
+        """x [B, L, E] → the products of these names (`qkv`: of q, k and v), each [B, L, E]: one after the other, or as
+        the one that load.py has packed them into, under their names together."""
+        if names in self._modules:
+            return self._modules[names](x).chunk(len(names), dim=-1)  # type: ignore[misc]
+        return tuple(self._modules[name](x) for name in names)  # type: ignore[misc]
+
 
 class SelfAttention(Attention):
     """Full attention among the video tokens of one sample."""
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, L, E] → [B, L, E]."""
+        q, k, v = self.project("qkv", x)
         q, k = qk_norm_rope(
-            self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, rope, self.num_heads, self.eps
+            q, k, self.norm_q.weight, self.norm_k.weight, rope, self.num_heads, self.eps
         )  # 2 × [B, L, N, D]
-        v = self.v(x).unflatten(-1, (self.num_heads, -1))  # [B, L, N, D]
+        v = v.unflatten(-1, (self.num_heads, -1))  # [B, L, N, D]
         return self.o(self.attend(q, k, v).flatten(-2))
 
 
@@ -88,14 +104,13 @@ class CrossAttention(Attention):
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context [B, M, E] → keys and values, each [B, M, N, D]."""
-        k, v = self.k(context), self.v(context)
-        k = rms_norm(k, self.norm_k.weight, self.eps).to(k.dtype)
+        k, v = self.project("kv", context)
+        k = rms_norm(k, self.norm_k.weight, self.eps)
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, L, E] → [B, L, E]."""
-        q = self.q(x)
-        q = rms_norm(q, self.norm_q.weight, self.eps).to(q.dtype).unflatten(-1, (self.num_heads, -1))
+        q = rms_norm(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.num_heads, -1))
         return self.o(self.attend(q, *keys_values).flatten(-2))
 
 
@@ -129,12 +144,17 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], keys_values: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """x [B, L, E] float32; time [B, 6, E] float32; rope 2 × [L, D/2]; keys_values 2 × [B, M, N, D] → like x."""
+        """x [B, L, E] float32; time [B, 6, E] float32; rope 2 × [L, D/2]; keys_values 2 × [B, M, N, D] → like x.
+
+        Without gradients x is overwritten: whoever needs it afterwards keeps a copy.
+        """
         modulation = (self.modulation + time).unsqueeze(2).unbind(1)  # 6 × [B, 1, E]
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation
-        x = gated_residual(x, self.self_attn(norm_modulate(x, shift_sa, scale_sa, self.eps, self.dtype), rope), gate_sa)
-        x = x + self.cross_attn(self.norm3(x).to(self.dtype), keys_values)
-        return gated_residual(x, self.ffn(norm_modulate(x, shift_ff, scale_ff, self.eps, self.dtype)), gate_ff)
+        eps, dtype, norm3 = self.eps, self.dtype, self.norm3
+        h = self.self_attn(norm_modulate(x, shift_sa, scale_sa, eps, dtype), rope)
+        x, h = gated_residual_norm(x, h, gate_sa, norm3.weight, norm3.bias, eps, dtype)
+        x, h = gated_residual_norm_modulate(x, self.cross_attn(h, keys_values), None, shift_ff, scale_ff, eps, dtype)
+        return gated_residual(x, self.ffn(h), gate_ff)
 
 
 class PatchEmbedding(nn.Module):
@@ -234,7 +254,7 @@ class WanTransformer(nn.Module):
         """
         context = F.pad(context, (0, 0, 0, self.config.text_len - context.shape[1]))
         context = self.text_embedding(context.to(self.dtype))  # [B, text_len, E]
-        return [block.cross_attn.keys_values(context) for block in self.blocks]
+        return [block.cross_attn.keys_values(context) for block in self.blocks]  # type: ignore[operator, union-attr]
 
     def forward(self, latents: Tensor, timestep: Tensor, context: ContextKV) -> Tensor:
         """latents [B, C, T, H, W] float32; timestep [B] float32, 0…1000; context from `embed_context`

@@ -1,12 +1,22 @@
-"""The model's few fused operations, one a file, each with a plain-torch form that defines it.
+"""The model's few fused operations, one a file, each a Triton kernel beside the plain-torch form that defines it.
 
 `model.py` is written in these names, so that making one of them faster changes this folder and not the model.
 Accumulation and everything that is not a matrix product is float32; the result is rounded once, to the dtype asked.
+Which form runs is decided in dispatch.py. `attention_8bit` stands apart: it approximates.
 """
 
-from wan22.kernels.gated_residual import gated_residual
-from wan22.kernels.gelu import gelu
+from wan22.kernels.gated_residual import gated_residual, gated_residual_norm, gated_residual_norm_modulate
+from wan22.kernels.gelu import gelu, gelu_quantize
 from wan22.kernels.norm_modulate import norm_modulate
 from wan22.kernels.qk_norm_rope import qk_norm_rope, rms_norm
 
-__all__ = ["gated_residual", "gelu", "norm_modulate", "qk_norm_rope", "rms_norm"]
+__all__ = [
+    "gated_residual",
+    "gated_residual_norm",
+    "gated_residual_norm_modulate",
+    "gelu",
+    "gelu_quantize",
+    "norm_modulate",
+    "qk_norm_rope",
+    "rms_norm",
+]

@@ -1,0 +1,94 @@
+"""8-bit attention: its error on queries and keys with outliers, and the kernel against its plain form."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wan22.attention import BACKENDS, attend, reference, relative_error
+from wan22.kernels.attention_8bit import (
+    BLOCK_KEYS,
+    FP8,
+    PV,
+    attend_8bit,
+    attend_8bit_plain,
+    attend_around_fp8,
+    fp8_kernel_plain,
+    hadamard,
+    quantize,
+    smooth,
+)
+
+
+def outlying(length=1024, heads=2, dim=128, spread=3.0, batch=1):
+    """bf16 queries, keys and values: a few channels 20 times the others, other ones in queries than in keys; keys with
+    a mean of ten times the usual channel's size; scores that spread by `spread` (in the exponent). The values are
+    white noise, which is the hardest: nothing in them averages out."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(batch, length, heads, dim, generator=generator) for _ in range(3))
+    q[..., [dim // 40, dim // 3, dim // 2]] *= 20
+    k[..., [dim // 20, dim // 4, dim - 1]] *= 20
+    q *= spread / (torch.einsum("blnd,bmnd->bnlm", q, k).std() / math.sqrt(dim))
+    k = k + 10 * torch.randn(1, 1, heads, dim, generator=generator)
+    return q.bfloat16(), k.bfloat16(), v.bfloat16()
+
+
+def cosine(a, b):
+    return F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
+
+
+def plain_fp8(q, k, v):
+    """FlashAttention 3's FP8 as it is: one scale a head, nothing done before."""
+    (q8, q_scale), (k8, k_scale), (v8, v_scale) = (quantize(x.float(), (1, 3), FP8) for x in (q, k, v))
+    return fp8_kernel_plain(q8, k8, v8, *(scale[:, 0, :, 0] for scale in (q_scale, k_scale, v_scale)))
+
+
+def test_smoothing_is_exact():
+    q, k, v = (x.float() for x in outlying(length=60))
+    smooth_q, smooth_k = smooth(q, k)
+    assert relative_error(reference(smooth_q, smooth_k, v), reference(q, k, v)) < 2e-5
+    assert torch.allclose(hadamard(64) @ hadamard(64), torch.eye(64), atol=1e-6)
+    before, after = q.abs().amax() * k.abs().amax(), smooth_q.abs().amax() * smooth_k.abs().amax()
+    print(f"largest |q| · largest |k|: {before:.0f} before, {after:.0f} after")
+    assert after < before / 20
+    with pytest.raises(ValueError, match="not a power of two"):
+        hadamard(96)
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+def test_error(spread):
+    q, k, v = outlying(spread=spread)
+    exact = reference(q, k, v)
+    methods = {
+        "bf16": attend, "FP8 as FlashAttention 3 has it": plain_fp8,
+        "the same, smoothed around it": lambda *qkv: attend_around_fp8(*qkv, fp8_kernel_plain),
+        **{f"int8 scores, {pv} values": lambda *qkv, pv=pv: attend_8bit_plain(*qkv, pv) for pv in PV},
+    }  # fmt: skip
+    errors = {name: relative_error(function(q, k, v), exact) for name, function in methods.items()}
+    for name, function in methods.items():
+        print(f"{name:<32} relative error {errors[name]:6.2%}, cosine {cosine(function(q, k, v), exact):.5f}")
+    for pv in ("bf16", "int8"):
+        assert errors[f"int8 scores, {pv} values"] < 0.03 / 1.5
+        assert cosine(methods[f"int8 scores, {pv} values"](q, k, v), exact) > 0.999
+    assert errors["int8 scores, fp8 values"] < 0.04  # FP8's three bits, of probabilities and of white values alone
+    assert errors["the same, smoothed around it"] < errors["FP8 as FlashAttention 3 has it"] / 4
+
+
+@pytest.mark.parametrize("pv", PV)
+@pytest.mark.parametrize(("length", "keys", "dim"), [(37, BLOCK_KEYS + 9, 32), (130, 2 * BLOCK_KEYS, 64)])
+def test_kernel(forced, device, pv, length, keys, dim):
+    q, k, v = outlying(length=max(length, keys), heads=2, dim=dim, batch=2)
+    packed = torch.cat((k[:, :keys], v[:, :keys]), dim=2).to(device)  # views with gaps, as a packed product's are
+    q, (k, v) = q[:, :length].to(device), packed.chunk(2, dim=2)
+    plain, ours, exact = attend_8bit_plain(q, k, v, pv), attend_8bit(q, k, v, pv), reference(q, k, v)
+    assert (ours.shape, ours.dtype) == (q.shape, q.dtype)
+    print(f"{pv}: to the plain form {relative_error(ours, plain):.2e}; "
+          f"to exact {relative_error(ours, exact):.2e}, the plain form {relative_error(plain, exact):.2e}")  # fmt: skip
+    # Scores in another order of sums may round to the next probability; FP8 in the interpreter loses carries.
+    assert relative_error(ours, plain) < (0.06 if pv == "fp8" and device.type == "cpu" else 0.01)
+
+
+def test_backend():
+    q, k, v = outlying(length=70)
+    assert torch.equal(BACKENDS["int8"].find()(q, k, v), attend_8bit_plain(q, k, v))

@@ -1,0 +1,64 @@
+"""Every kernel compiles for Ampere and Hopper, on a machine without either: what the interpreter lets pass, such as a
+name that Triton cannot see, the compiler does not. In a process of its own, where nothing is interpreted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from wan22.kernels import dispatch
+
+SCRIPT = """
+import importlib
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+norm, residual, rope, gelu, attention = (importlib.import_module(f"wan22.kernels.{name}") for name in
+    ("norm_modulate", "gated_residual", "qk_norm_rope", "gelu", "attention_8bit"))
+row = {"C": 320, "BLOCK": 512}
+block = {"D": 64, "ROWS": 64, "COLUMNS": 64, "SHIFT": 8.0, "v_token": 1}
+FLAGS = ("GATED", "NORMED", "PLUS_ONE")
+VALUES = {"x": "*bf16", "y": "*bf16", "q": "*i8", "k": "*i8", "eps": "fp32", "multiply": "fp32", "normed": "*bf16"}
+WORK = [  # kernel, constants, tensors whose dtype is not float32
+    (norm._kernel, row, {"x": "*fp32", "out": "*bf16"}),
+    *((residual._kernel, row | dict(zip(FLAGS, flags)), {"x": "*fp32"}) for flags in ((1, 1, 0), (0, 1, 1), (1, 0, 0))),
+    *((rope._kernel, row | {"HALF": 32, "ROPE": turned}, {"out": "*bf16"}) for turned in (True, False)),
+    (gelu._kernel, {"BLOCK": 1024}, {"out": "*bf16"}),
+    (gelu._quantize_kernel, row | {"MAX": 448.0, "LEAST": 1e-12}, {"out": "*fp8e4nv"}),
+    (attention._rotate_kernel, {"D": 64, "ROWS": 64}, {"out": "*i8"}),
+    *((attention._attend_kernel, block | {"PV": pv}, {"v": kind, "out": "*bf16"})
+      for pv, kind in enumerate(("*bf16", "*fp8e4nv", "*i8"))),
+]
+POINTERS = ("x", "y", "q", "k", "v", "out", "gate", "shift", "scale", "new_x", "normed", "weight", "cos", "sin", "mean",
+            "factor", "matrix", "q_scale", "k_scale", "v_scale", "v_mean")
+for capability in (80, 90):
+    for kernel, constants, kinds in WORK:
+        kinds = VALUES | kinds
+        if capability < 89 and "*fp8e4nv" in kinds.values():
+            continue
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32" if name in POINTERS else "i32")
+                     for name in names}
+        aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if signature[name].startswith("*")}
+        source = ASTSource(kernel, signature, constants, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        print(capability, kernel.__module__, compiled.metadata.shared, len(compiled.asm["cubin"]))
+"""
+
+
+def test_kernels_compile(tmp_path):
+    if dispatch.triton is None:
+        pytest.skip("Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    (tmp_path / "compile_all.py").write_text(SCRIPT, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", tmp_path / "compile_all.py"], capture_output=True, text=True, env=environment,
+        check=False,
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 22
