@@ -1,0 +1,122 @@
+"""What this machine has: free GPU memory asked of the driver, free host memory of the kernel. Standard library only.
+
+Asking torch instead would take seconds to import it and half a gigabyte of GPU memory to start it.
+"""
+
+import ctypes
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes in all and free; `name` of the card, or of what limits the host."""
+
+    total: int
+    free: int
+    name: str = ""
+
+
+# --- the host --------------------------------------------------------------------------------------------------------
+def host_memory(root: Path = Path("/")) -> Room:
+    """What this process can still take: the system's available memory, or less where a control group says so.
+
+    root: where /proc and /sys are. Without them (macOS, Windows), sysconf's, all of it taken for free.
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+        return Room(total, total)
+    table = {name: int(value.split()[0]) << 10 for name, _, value in (line.partition(":") for line in lines)}
+    room = Room(table["MemTotal"], table.get("MemAvailable", table["MemFree"]))
+    for group in _groups(root):
+        if limited := _group_room(group):
+            room = min(room, limited, key=lambda room: room.free)
+    return room
+
+
+def _groups(root: Path) -> list[Path]:
+    """The control groups this process is in and those above them, of version 2 and 1; a container sees its own as the
+    root of the tree."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    groups: list[Path] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            tree = root / "sys/fs/cgroup" / controllers
+            inner = tree / path.lstrip("/")
+            groups += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(tree)]
+    return list(dict.fromkeys(groups))
+
+
+def _group_room(group: Path) -> Room | None:
+    """What a group's limit leaves; its page cache counts as free, since the kernel drops it first."""
+    for limit, used, cached in (
+        ("memory.max", "memory.current", "inactive_file "),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+    ):
+        try:
+            total, taken = int((group / limit).read_text()), int((group / used).read_text())
+            statistics = (group / "memory.stat").read_text().splitlines()
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        cache = sum(int(line.split()[1]) for line in statistics if line.startswith(cached))
+        return Room(total, max(0, total - taken + cache), "control group")
+    return None
+
+
+# --- the GPU ---------------------------------------------------------------------------------------------------------
+class _NvmlMemory(ctypes.Structure):
+    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
+
+
+def gpu_memory(device: str = "cuda") -> Room | None:
+    """The memory of one GPU (`cuda`, `cuda:N`), by NVML or nvidia-smi; None where there is none.
+
+    CUDA_VISIBLE_DEVICES numbers the cards for this process, as it does for CUDA.
+    """
+    number = int(device.partition(":")[2] or 0)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    card = str(number)
+    if visible is not None:
+        cards = [card.strip() for card in visible.split(",")]
+        if number >= len(cards) or not cards[number] or cards[number] == "-1":
+            return None
+        card = cards[number]
+    return _by_nvml(card) or _by_nvidia_smi(card)
+
+
+def _by_nvml(card: str) -> Room | None:
+    """card: an index, or a UUID."""
+    try:
+        nvml = ctypes.CDLL("nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1")
+    except OSError:
+        return None
+    if nvml.nvmlInit_v2():
+        return None
+    try:
+        handle, memory, name = ctypes.c_void_p(), _NvmlMemory(), ctypes.create_string_buffer(96)
+        by_uuid = nvml.nvmlDeviceGetHandleByUUID(card.encode(), ctypes.byref(handle)) if not card.isdigit() else 0
+        by_index = nvml.nvmlDeviceGetHandleByIndex_v2(int(card), ctypes.byref(handle)) if card.isdigit() else 0
+        if by_uuid or by_index or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)):
+            return None
+        nvml.nvmlDeviceGetName(handle, name, len(name))
+        return Room(memory.total, memory.free, name.value.decode(errors="replace"))
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _by_nvidia_smi(card: str) -> Room | None:
+    query = ["nvidia-smi", "-i", card, "--query-gpu=memory.total,memory.free,name", "--format=csv,noheader,nounits"]
+    try:
+        line = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()[0]
+        total, free, name = line.split(", ", 2)
+        return Room(int(total) << 20, int(free) << 20, name)
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return None

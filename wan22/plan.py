@@ -1,0 +1,267 @@
+"""What a run needs, in bytes, from shapes alone, before anything is loaded and without torch; and what to do with it.
+
+The arithmetic is sizes.py's and vae_sizes.py's; here are the placements side by side, and the choice.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from wan22.config import GPU_RESERVE, DoesNotFit, Placement, Precision, Request, Residency, parse_bytes
+from wan22.machine import Room, gpu_memory, host_memory
+from wan22.sizes import (
+    ITEM,
+    SOLVER_COPIES,
+    Sizes,
+    Terms,
+    block_moments,
+    host_terms,
+    lasting_terms,
+    text_terms,
+    tokens_of,
+    total,
+    weight_terms,
+)
+from wan22.vae_sizes import Grid, decode_terms, finer
+
+HOST_BASE = {"cpu": 1 << 30, "cuda": 3 << 30}  # Python with its libraries, and the driver's part; to be measured
+SMALLER = ((1280, 720, 49), (832, 480, 81), (832, 480, 33), (480, 272, 33), (256, 256, 17))  # to be proposed
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Option:
+    """One placement: what it needs, and whether that is there. Phases' figures are peaks of the device's memory; on a
+    CPU they are part of the host's."""
+
+    residency: Residency
+    text_encoder: str
+    tiles: Grid
+    phases: dict[str, Terms]
+    host: Terms
+    lacks: str  # what there is too little of, in words; empty where it fits
+
+    def peak(self, phase: str) -> int:
+        return total(self.phases[phase])
+
+    @property
+    def gpu_bytes(self) -> int:
+        return max(map(self.peak, self.phases))
+
+    @property
+    def host_bytes(self) -> int:
+        return total(self.host)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All placements side by side, from most memory to least; `chosen` is None where none fits.
+
+    ladder: the chosen residency and what follows where memory runs out after all: those that need less of the
+    device's and fit the host, with no block resident too.
+    """
+
+    options: list[Option]
+    chosen: Option | None
+    ladder: list[Residency]
+    disk_bytes: int
+    gpu: Room | None
+    gpu_limit: int | None
+    host: Room
+
+    @property
+    def gpu_free(self) -> int:
+        """Bytes of GPU memory to make do with."""
+        return min(self.gpu.free, self.gpu_limit or self.gpu.free) if self.gpu else 0
+
+
+
+def make_plan(
+    request: Request, precision: Precision, placement: Placement, sizes: Sizes, gpu: Room | None, host: Room,
+    fused: bool | None = None,
+) -> Plan:  # fmt: skip
+    """gpu: its room, None for a run on the CPU; fused: whether the Triton kernels run, which they do on a GPU. Never
+    raises for what does not fit: the plan says so."""
+    device = "cuda" if gpu else "cpu"
+    item = ITEM[precision.resolve(device).weights]
+    fused = device == "cuda" if fused is None else fused
+    moments = block_moments(tokens_of(request), sizes, item, fused)
+    moment = max(moments, key=lambda name: total(moments[name]))
+    activations = lasting_terms(request, sizes, item) | {f"{moment}: {name}": n for name, n in moments[moment].items()}
+    budget = None
+    if gpu:
+        budget = min(gpu.free, placement.gpu_memory_limit or gpu.free) - GPU_RESERVE
+    text = "cpu" if placement.text_encoder == "cpu" else _text_mode(sizes, item, budget)
+    tiles = pick_tiles(request.latent_shape, sizes, host.free - HOST_BASE[device] if budget is None else budget)
+    phases = {
+        "text": text_terms("device" if device == "cpu" else text, sizes, item),
+        "decode": decode_terms(request.latent_shape, sizes.vae_width, tiles),
+    }
+    text_on_host = {} if text == "device" or device == "cpu" else {"text encoder": sizes.text_encoder * item}
+    options = []
+    for residency in _residencies(sizes, item, device, budget, total(activations), host):
+        all_phases = {"text": phases["text"], "denoise": weight_terms(residency, sizes, item) | activations,
+                      "decode": phases["decode"]}  # fmt: skip
+        # The phases follow one another.
+        pinned = host_terms(residency, sizes, item)
+        on_host = {"base": HOST_BASE[device]} | (pinned if total(pinned) > total(text_on_host) else text_on_host)
+        on_host |= all_phases[max(all_phases, key=lambda phase: total(all_phases[phase]))] if device == "cpu" else {}
+        on_host["frames"] = 2 * 4 * 3 * request.width * request.height * (request.num_frames if tiles != (1, 1) else 4)
+        options.append(Option(residency, text, tiles, all_phases, on_host, _lack(all_phases, on_host, budget, host)))
+    wanted = [o for o in options if placement.offload in ("auto", o.residency.kind)]
+    chosen = next((option for option in wanted if not option.lacks), None)
+    # An mp4 of 0.15 bytes a pixel at most, by what was seen; the state: latents and the solver's copies.
+    disk = int(0.15 * request.width * request.height * request.num_frames)
+    disk += SOLVER_COPIES * 4 * prod(request.latent_shape)
+    below = options[options.index(chosen) :] if chosen else []
+    ladder = [rung for option in below for rung in dict.fromkeys((option.residency, _bare(option.residency)))
+              if HOST_BASE[device] + total(host_terms(rung, sizes, item)) <= host.free]  # fmt: skip
+    return Plan(options, chosen, ladder, disk, gpu, placement.gpu_memory_limit, host)
+
+
+def _bare(residency: Residency) -> Residency:
+    """Without resident blocks. One expert has room in the host's memory then or none has."""
+    return replace(residency, resident_blocks=0)
+
+
+def require(
+    request: Request, precision: Precision, placement: Placement, sizes: Sizes, gpu: Room | None, host: Room
+) -> Plan:
+    """A plan that has a chosen placement. Raises DoesNotFit, naming what would fit."""
+    plan = make_plan(request, precision, placement, sizes, gpu, host)
+    if plan.chosen:
+        return plan
+    asked = next((o for o in plan.options if o.residency.kind == placement.offload), plan.options[-1])
+    has = f"{gib(host.free)} of host memory" + (f", {gib(plan.gpu_free)} of GPU memory" if plan.gpu else "")
+    raise DoesNotFit(f"it does not fit: {asked.residency.kind}: {asked.lacks}; free: {has}",
+                     hint=_what_would_fit(plan, request, precision, placement, sizes))  # fmt: skip
+
+
+def rooms(gpu: str | None = None, host: str | None = None, device: str = "auto") -> tuple[Room | None, Room]:
+    """This machine's GPU, where it has one, and host memory; `24GiB` stands for what is free of either instead. Raises
+    RequestError."""
+    card: Room | None = None
+    if gpu != "0" and device != "cpu":
+        card = gpu_memory("cuda" if device == "auto" else device)
+        if gpu:
+            free = parse_bytes("--gpu-memory", gpu)
+            card = Room(free, free, "a GPU")
+    if host:
+        free = parse_bytes("--host-memory", host)
+        return card, Room(free, free)
+    return card, host_memory()
+
+
+def require_here(request: Request, precision: Precision, placement: Placement, sizes: Sizes) -> Plan:
+    """`require` on this machine, before torch is imported. Raises DoesNotFit."""
+    return require(request, precision, placement, sizes, *rooms(device=placement.device))
+
+
+def describe(plan: Plan) -> str:
+    """The chosen placement in a line."""
+    assert plan.chosen
+    chosen, reserve = plan.chosen, GPU_RESERVE if plan.gpu else 0
+    needs = f"{gib(chosen.gpu_bytes + reserve)} of GPU memory, {gib(chosen.host_bytes)} of host memory"
+    return f"--offload {chosen.residency.kind}: {needs if plan.gpu else gib(chosen.host_bytes)}"
+
+
+def _what_would_fit(plan: Plan, request: Request, precision: Precision, placement: Placement, sizes: Sizes) -> str:
+    """Another placement, or a smaller video."""
+    if other := next((option for option in plan.options if not option.lacks), None):
+        return f"this would fit: --offload {other.residency.kind}, or --offload auto"
+    for width, height, frames in SMALLER:
+        smaller = replace(request, width=width, height=height, num_frames=min(frames, request.num_frames))
+        if tokens_of(smaller) < tokens_of(request) and make_plan(
+            smaller, precision, replace(placement, offload="auto"), sizes, plan.gpu, plan.host
+        ).chosen:
+            return f"this would fit: --size {width}x{height} --frames {smaller.num_frames}"
+    return "no size of video would fit; see: wan22 plan"
+
+
+def _residencies(
+    sizes: Sizes, item: int, device: str, budget: int | None, activations: int, host: Room
+) -> Iterator[Residency]:
+    """The best form of each kind: as many blocks resident and as many experts in pinned memory as fit."""
+    expert, block = sizes.expert_bytes(item), sizes.block_bytes(item)
+    pinnable = int(0.9 * max(0, host.free - HOST_BASE[device]))
+    copies = min(2, pinnable // expert) if device == "cuda" else 0
+    yield Residency("none")
+    yield Residency("expert", 0, min(1, copies))
+    resident = 0
+    if budget is not None:
+        resident = max(0, (budget - activations - sizes.rest_bytes(item)) // block - 2)
+        resident = min(resident, sizes.num_layers - 2) // 2 * 2
+    yield Residency("block", resident, max(1, copies))
+    yield Residency("disk", resident, 0)
+
+
+def _text_mode(sizes: Sizes, item: int, budget: int | None) -> str:
+    for mode in ("device", "stream"):
+        if budget is None or total(text_terms(mode, sizes, item)) <= budget:
+            return mode
+    return "cpu"
+
+
+def pick_tiles(latent_shape: Sequence[int], sizes: Sizes, room: int) -> Grid:
+    """The coarsest grid of the VAE's tiles that fits into `room` bytes; the finest where none does."""
+    tiles: Grid = (1, 1)
+    while total(decode_terms(latent_shape, sizes.vae_width, tiles)) > room and (grid := finer(tiles, latent_shape)):
+        tiles = grid
+    return tiles
+
+
+def _lack(phases: dict[str, Terms], on_host: Terms, budget: int | None, host: Room) -> str:
+    for phase, terms in phases.items():
+        if budget is not None and total(terms) > budget:
+            return f"{phase} needs {gib(total(terms) + GPU_RESERVE)} of GPU memory"
+    return f"host memory: needs {gib(total(on_host))}" if total(on_host) > host.free else ""
+
+
+def gib(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+# --- for people, and programs ----------------------------------------------------------------------------------------
+def as_text(plan: Plan, request: Request, sizes: Sizes) -> str:
+    """The placements side by side, within 80 columns."""
+    where = f"{plan.gpu.name or 'a GPU'}, {gib(plan.gpu_free)} to use; " if plan.gpu else "on the CPU; "
+    lines = [
+        f"{request.width}x{request.height}, {request.num_frames} frames: {tokens_of(request):,} tokens a step",
+        f"{where}host memory {gib(plan.host.free)} free",
+        "",
+        f"{'':<19}{'GPU memory, GiB' if plan.gpu else 'its part of memory, GiB':^25}{'host':>7}",
+        f"{'--offload':<19}{'text':>7}{'denoise':>9}{'decode':>9}{'GiB':>7}  fits",
+    ]
+    reserve = GPU_RESERVE if plan.gpu else 0
+    for option in plan.options:
+        kind, resident = option.residency.kind, option.residency.resident_blocks
+        text, denoise, decode = ((option.peak(phase) + reserve) / 2**30 for phase in ("text", "denoise", "decode"))
+        fits = "no: " + option.lacks.split()[0].rstrip(":") if option.lacks else "yes"
+        fits = "yes, and taken" if option is plan.chosen else fits
+        name = f"{kind:<7}" + (f"{resident} of {sizes.num_layers}" if resident else "")
+        lines.append(f"{name:<19}{text:7.1f}{denoise:9.1f}{decode:9.1f}{option.host_bytes / 2**30:7.1f}  {fits}")
+    shown = plan.chosen or plan.options[-1]
+    encoder = {"device": "on the GPU", "stream": "streamed to the GPU layer by layer", "cpu": "on the CPU"}
+    tiles = "whole" if shown.tiles == (1, 1) else f"in {shown.tiles[0]} x {shown.tiles[1]} tiles"
+    lines += ["", f"text encoder {encoder[shown.text_encoder]}, VAE {tiles}",
+              f"disk: {gib(sizes.files)} of weights, {gib(plan.disk_bytes)} for the video and its state"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """The whole plan, term by term, in bytes. Seconds are not in it as long as no card's rates are measured."""
+    return {
+        "gpu": vars(plan.gpu) if plan.gpu else None,
+        "gpu_limit": plan.gpu_limit,
+        "host": vars(plan.host),
+        "disk_bytes": plan.disk_bytes,
+        "chosen": plan.chosen.residency.kind if plan.chosen else None,
+        "options": [
+            {"offload": option.residency.kind, "resident_blocks": option.residency.resident_blocks,
+             "host_experts": option.residency.host_experts, "text_encoder": option.text_encoder,
+             "vae_tiles": list(option.tiles), "lacks": option.lacks, "gpu_reserve_bytes": GPU_RESERVE,
+             "phases": option.phases, "host": option.host}
+            for option in plan.options
+        ],
+    }  # fmt: skip

@@ -1,0 +1,175 @@
+"""A checkpoint's sizes, and what each phase of a run takes, as sums of named terms: arithmetic from shapes alone.
+
+Legend: L video tokens, E model width, F feed-forward width, M text tokens, e bytes of the weights' dtype (2 or 4).
+The terms are named so that measured peaks can be held against them; those of a block follow model.py line by line.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, Self
+
+from wan22.config import CHUNK_TOKENS, Request, Residency, configs_dir
+
+if TYPE_CHECKING:
+    from wan22.checkpoint import Checkpoint
+
+Terms = dict[str, int]  # bytes by name
+ITEM = {"float32": 4, "bf16": 2}
+KEPT_FLOAT32 = ("patch_embedding", "time_embedding", "time_projection", "head.", "modulation", "norm")  # by model.py
+SOLVER_COPIES = 8  # of the latents: noise, solver history, two velocities, their combination
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A checkpoint's sizes. rest, block: elements (kept in float32, in the weights' dtype) outside and in one block;
+    text_encoder, text_embedding: elements in all, and of its largest piece; files: bytes on disk."""
+
+    dim: int
+    ffn_dim: int
+    num_layers: int
+    rest: tuple[int, int]
+    block: tuple[int, int]
+    text_encoder: int
+    text_embedding: int
+    text_heads: int
+    vae_width: int
+    files: int
+    text_len: int = 512
+
+    @classmethod
+    def published(cls) -> Self:
+        """Those of Wan2.2-T2V-A14B, from its names, shapes and manifest."""
+        folder = configs_dir() / "Wan2.2-T2V-A14B"
+        shapes = json.loads((folder / "tensors.json").read_text())
+        files = {file["path"]: file["size"] for file in json.loads((folder / "manifest.json").read_text())["files"]}
+        text = next(size for path, size in files.items() if path.startswith("models_t5")) // ITEM["bf16"]
+        # The text encoder's and the VAE's shapes are no part of the package: UMT5-XXL's own, and the VAE's width.
+        return cls(**_expert_sizes(shapes), text_encoder=text, text_embedding=256384 * 4096, text_heads=64,
+                   vae_width=96, files=sum(files.values()))  # fmt: skip
+
+    @classmethod
+    def of(cls, checkpoint: "Checkpoint") -> Self:
+        """Those of an opened checkpoint. A pickle is not opened for it, which takes torch: its text encoder is taken
+        for bf16, as published, and its VAE for the published width."""
+        expert = next(iter(checkpoint.experts.values())).tensors
+        parts = [*(expert.tensors for expert in checkpoint.experts.values()), checkpoint.text_encoder, checkpoint.vae]
+        files = sum(path.stat().st_size for part in parts for path in part.files)
+        text, vae = checkpoint.text_encoder, checkpoint.vae
+        published = cls.published()
+        if text.path.suffix in (".pth", ".pt", ".bin"):
+            elements = sum(path.stat().st_size for path in text.files) // ITEM["bf16"]
+            embedding, heads = min(elements, published.text_embedding), published.text_heads
+        else:
+            elements = sum(prod(shape) for shape in text.shapes.values())
+            embedding = prod(text.shapes.get("token_embedding.weight", (0,)))
+            heads = text.shapes.get("blocks.0.pos_embedding.embedding.weight", (0, published.text_heads))[1]
+        pickled = vae.path.suffix in (".pth", ".pt", ".bin")
+        width = published.vae_width if pickled else vae.shapes.get("encoder.conv1.weight", (published.vae_width,))[0]
+        return cls(**_expert_sizes(expert.shapes), text_encoder=elements, text_embedding=embedding, text_heads=heads,
+                   vae_width=width, files=files)  # fmt: skip
+
+    def rest_bytes(self, item: int) -> int:
+        return 4 * self.rest[0] + item * self.rest[1]
+
+    def block_bytes(self, item: int) -> int:
+        return 4 * self.block[0] + item * self.block[1]
+
+    def expert_bytes(self, item: int) -> int:
+        return self.rest_bytes(item) + self.num_layers * self.block_bytes(item)
+
+
+def _expert_sizes(shapes: Mapping[str, Any]) -> dict[str, Any]:
+    rest, block = [0, 0], [0, 0]
+    for name, shape in shapes.items():
+        if not name.startswith("blocks.") or name.startswith("blocks.0."):
+            counts = block if name.startswith("blocks.") else rest
+            counts[not any(kept in name for kept in KEPT_FLOAT32)] += prod(shape)
+    layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    ffn_dim, dim = shapes["blocks.0.ffn.0.weight"]
+    return {"dim": dim, "ffn_dim": ffn_dim, "num_layers": layers, "rest": tuple(rest), "block": tuple(block)}
+
+
+def total(terms: Terms) -> int:
+    return sum(terms.values())
+
+
+# --- the terms -------------------------------------------------------------------------------------------------------
+def block_moments(tokens: int, sizes: Sizes, item: int, fused: bool) -> dict[str, Terms]:
+    """What is alive at each moment of a block, beside weights and what lasts. fused: the Triton kernels work in place
+    or write only their result; the plain operations make float32 arrays on the way.
+
+    R is the residual stream, 4 · L · E bytes: updated in place. B is e · L · E: one activation in the weights' dtype.
+    """
+    r, b = 4 * tokens * sizes.dim, item * tokens * sizes.dim
+    chunk = min(tokens, CHUNK_TOKENS)
+    hidden = item * chunk * sizes.ffn_dim
+    return {
+        # h = norm_modulate(x): layer_norm's result and the modulated one in float32, then h
+        "norm": {"residual": r, "h": b, "float32 arrays": 0 if fused else 2 * r},
+        # q, k and v of h as one product; new q and k. Plain: three float32 arrays (square, products, halves) for one
+        "q k v": {"residual": r, "h": b, "q k v": 3 * b, "new q k": 2 * b if fused else b,
+                  "float32 arrays": 0 if fused else 3 * r},
+        # o(attend(q, k, v)): all alive till it returns, the packed product for v's sake
+        "attention": {"residual": r, "h": b, "q k v": 3 * b, "new q k": 2 * b, "attended": b, "o": b},
+        # x += y, then the norm of it
+        "sum": {"residual": r, "y": b, "h": b, "float32 arrays": 0 if fused else 2 * r},
+        # h, q, normed q, attended, o; keys and values are the prompt's, and last
+        "cross-attention": {"residual": r, "h": b, "q": 2 * b, "attended": b, "o": b,
+                            "float32 arrays": 0 if fused else r},
+        # a chunk's hidden layer, its activation (in place when fused) and result
+        "feed-forward": {"residual": r, "h": b, "out": b, "hidden": hidden * (1 if fused else 2),
+                         "chunk": item * chunk * sizes.dim},
+        # float32 to the end: norm, modulated, then 64 numbers a token and their rearrangement
+        "head": {"residual": r, "float32 arrays": r if fused else 2 * r, "velocity": 2 * 4 * tokens * 64},
+    }  # fmt: skip
+
+
+def lasting_terms(request: Request, sizes: Sizes, item: int) -> Terms:
+    """What a run of steps keeps beside weights: both prompts' keys and values, latents and solver, rotary table."""
+    branches = 2 if max(request.guidance_high, request.guidance_low) != 1 else 1
+    return {
+        "keys and values of prompts": branches * sizes.num_layers * 2 * sizes.text_len * sizes.dim * item,
+        "latents and solver": SOLVER_COPIES * 4 * prod(request.latent_shape),
+        "rotary table": 2 * 4 * tokens_of(request) * 64,
+        # A block on its way to the host's memory is merged on the device, its largest tensor in float32 beside it.
+        **({"merging adapters": sizes.block_bytes(item) + 4 * sizes.ffn_dim * sizes.dim} if request.loras else {}),
+    }
+
+
+def tokens_of(request: Request) -> int:
+    _, frames, height, width = request.latent_shape
+    return frames * (height // 2) * (width // 2)
+
+
+def weight_terms(residency: Residency, sizes: Sizes, item: int) -> Terms:
+    """On the device."""
+    if residency.kind in ("none", "expert"):
+        return {"experts": (2 if residency.kind == "none" else 1) * sizes.expert_bytes(item)}
+    block = sizes.block_bytes(item)
+    resident = max(0, sizes.num_layers - _streamed(residency, sizes))
+    return {"outside the blocks": sizes.rest_bytes(item), "resident blocks": resident * block, "two buffers": 2 * block}
+
+
+def _streamed(residency: Residency, sizes: Sizes) -> int:
+    count = max(sizes.num_layers - residency.resident_blocks, 2)
+    return min(count + count % 2, sizes.num_layers - sizes.num_layers % 2)
+
+
+def host_terms(residency: Residency, sizes: Sizes, item: int) -> Terms:
+    """Of the host's memory: pinned copies. With one place in all, resident blocks are not in it."""
+    if not residency.host_experts:
+        return {}
+    if residency.kind == "block" and residency.host_experts == 1:
+        return {"pinned blocks": _streamed(residency, sizes) * sizes.block_bytes(item)}
+    return {"pinned experts": residency.host_experts * sizes.expert_bytes(item)}
+
+
+def text_terms(mode: str, sizes: Sizes, item: int) -> Terms:
+    """mode: `device`, `stream` (accelerate brings one layer at a time; the embedding is the largest) or `cpu`. Eager
+    attention makes scores in the weights' dtype and in float32, and the position bias."""
+    if mode == "cpu":
+        return {}
+    weights = sizes.text_encoder if mode == "device" else max(sizes.text_embedding, sizes.text_encoder // 24)
+    return {"weights": weights * item, "scores": sizes.text_heads * sizes.text_len**2 * (3 * item + 8)}

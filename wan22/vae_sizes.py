@@ -1,0 +1,72 @@
+"""How far the VAE decoder's convolutions see, and what decoding takes in bytes, tiled or whole. Standard library only.
+
+Legend: C channels, T H W latent grid. Everything behind the decoder's middle block is local: a tile of latents with a
+margin of HALO on each inner side gives exactly the inner pixels that the whole would.
+"""
+
+from collections.abc import Sequence
+from math import ceil, prod
+
+Grid = tuple[int, int]  # tiles down and across
+SMALLEST_TILE = 4  # latents a side, without halo
+MULTIPLIERS = (4, 4, 2, 1)  # of the base width, of the decoder's stages; Wan2.1's VAE
+TIMES = (1, 2, 4, 4)  # frames a latent frame has become, in each stage
+RESNETS = 3  # a stage, of two 3×3×3 convolutions each
+
+
+def interval(start: int, stop: int, steps: Sequence[int]) -> tuple[int, int]:
+    """What an output interval is made from, unbounded. steps, last first: how far a convolution sees to each side, or
+    0 for a doubling of the size."""
+    for step in steps:
+        start, stop = (start - step, stop + step) if step else (start // 2, -(-stop // 2))
+    return start, stop
+
+
+# The decoder behind its middle block, last first: conv_out, three resnets a stage, a convolution after each doubling.
+STEPS = (1, *(1,) * 6, 1, 0, *(1,) * 6, 1, 0, *(1,) * 6, 1, 0, *(1,) * 6)
+
+
+def cuts(length: int, count: int) -> list[tuple[int, int]]:
+    """`length` latents in `count` parts, as even as can be."""
+    return [(length * i // count, length * (i + 1) // count) for i in range(count)]
+
+
+def with_halo(start: int, stop: int, length: int, steps: Sequence[int] = STEPS) -> tuple[int, int]:
+    """The latents [start, stop) and what the pixels above them need around."""
+    scale = 2 ** sum(step == 0 for step in steps)
+    first, last = interval(start * scale, stop * scale, steps)
+    return max(0, first), min(length, last)
+
+
+def finer(grid: Grid, latent_shape: Sequence[int]) -> Grid | None:
+    """The next finer grid: the longer side of its tiles halved; None where tiles would get too small."""
+    rows, columns = grid
+    height, width = latent_shape[2] / rows, latent_shape[3] / columns
+    grid = (rows, 2 * columns) if width >= height else (2 * rows, columns)
+    return grid if max(height, width) / 2 >= SMALLEST_TILE else None
+
+
+def decode_terms(latent_shape: Sequence[int], width: int, grid: Grid) -> dict[str, int]:
+    """Bytes by name at the peak of decoding one chunk in float32; width: the VAE's base width."""
+    _, frames, height, columns = latent_shape
+    sides = []
+    for length, count in ((height, grid[0]), (columns, grid[1])):
+        halos = [with_halo(start, stop, length) for start, stop in cuts(length, count)]
+        sides.append(max(stop - start for start, stop in halos))
+    area = prod(sides)
+    stages = [4 * width * m * t * area * 4**i for i, (m, t) in enumerate(zip(MULTIPLIERS, TIMES, strict=True))]
+    # Each convolution keeps two frames of its input; a stage works on TIMES of them.
+    caches = sum(stage * 2 * RESNETS * 2 // times for stage, times in zip(stages, TIMES, strict=True))
+    caches += stages[-1] * 2 // TIMES[-1]  # conv_out's
+    middle = 4 * width * MULTIPLIERS[0] * height * columns
+    tiled = grid != (1, 1)
+    return {
+        "weights": ceil(507_609_880 * (width / 96) ** 2),  # of the published file, as the square of the width
+        "latents": 2 * 4 * prod(latent_shape),
+        "caches of convolutions": caches + 5 * 2 * middle,
+        # A convolution of the last stage: its input and the norm of it, the two cached frames apart, all of them
+        # joined (6 of 4 frames), and padded.
+        "last stage": int(stages[-1] * (1 + 1 + 0.5 + 1.5 + 1.5)),
+        "frames": 2 * 4 * 3 * TIMES[-1] * area * 64,
+        **({"middle of all frames": middle * frames} if tiled else {}),
+    }
