@@ -5,7 +5,7 @@ Some colour-shape-motion combinations are never drawn for training (`is_held_out
 demo has understood rather than remembered. Two rules keep the videos free of ambiguity: a circle never spins, and two
 colours nearer than `MIN_CONTRAST` (yellow and orange) never meet as shape and background.
 
-Shape legend: `B` scenes, `A` actors a scene (always 2 when packed, absent ones have zero opacity), `F` frames, `H W` pixels.
+Legend: `B` scenes, `A` actors a scene (2 when packed, absent ones unseen), `N` = B * A, `F` frames, `H W` pixels.
 Lengths are in units of sqrt(width * height) unless said otherwise, so that areas are fractions of the frame.
 """
 
@@ -49,7 +49,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two actors on a background; `columns` says that two share the frame side by side, else one above the other."""
+    """One or two actors on a background; two share the frame side by side (`columns`), else one above the other."""
 
     actors: tuple[Actor, ...]
     background: str
@@ -154,7 +154,9 @@ SYMMETRY_DEGREES = (0.0, 90.0, 120.0, 72.0, 360.0)
 
 _MARGIN = 0.02
 # Area as a fraction of the frame, [lowest, highest], by size; alone and in company (where half a frame must hold it).
-_AREA = torch.tensor([[[0.032, 0.040], [0.060, 0.075], [0.105, 0.125]], [[0.032, 0.038], [0.055, 0.070], [0.070, 0.075]]])
+_AREA = torch.tensor(
+    [[[0.032, 0.040], [0.060, 0.075], [0.105, 0.125]], [[0.032, 0.038], [0.055, 0.070], [0.070, 0.075]]]
+)
 _GROWN_FROM = torch.tensor(
     [[[0.032, 0.035], [0.042, 0.048], [0.060, 0.065]], [[0.032, 0.033], [0.034, 0.036], [0.036, 0.037]]]
 )
@@ -186,7 +188,9 @@ def pack(scenes: Sequence[Scene]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def draw(scenes: Sequence[Scene], width: int, height: int, num_frames: int, device: torch.device | str = "cpu") -> Tensor:
+def draw(
+    scenes: Sequence[Scene], width: int, height: int, num_frames: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Renders scenes: float32 [B, 3, F, H, W] in [-1, 1], edges anti-aliased over one pixel."""
     return draw_packed(pack(scenes).to(device), width, height, num_frames)
 
@@ -227,13 +231,16 @@ def draw_packed(packed: Tensor, width: int, height: int, num_frames: int) -> Ten
 
 
 def _tracks(actors: Tensor, width: int, height: int, num_frames: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each actor is, how large and how turned: centre [N, F, 2], side of a square of its area [N, F], angle [N, F] (radians)."""
+    """Tracks: centres [N, F, 2], sides of squares of the actors' areas [N, F], angles [N, F] (radians, clockwise)."""
     device = actors.device
     company, shape, motion, size, speed = (actors[:, i].long() for i in (1, 3, 4, 5, 6))
     place = actors[:, 11:15]  # [N, 4]
     unit = math.sqrt(width * height)
     frame = torch.tensor([width / unit, height / unit], device=device)
-    low, high = actors[:, 7:9] * frame + _MARGIN, actors[:, 9:11] * frame - _MARGIN  # [N, 2]: the actor's part of the frame
+    low, high = (
+        actors[:, 7:9] * frame + _MARGIN,
+        actors[:, 9:11] * frame - _MARGIN,
+    )  # [N, 2]
     is_motion = {name: motion == i for i, name in enumerate(MOTIONS)}
     time = torch.linspace(0, 1, num_frames, device=device)[None]  # [1, F]
     # What is fast arrives early, slows down and stays: the way across is the same, whatever the speed.
@@ -323,7 +330,10 @@ _DISTANCES = (_circle, _square, _triangle, _star, _heart)
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
 
-_EN_COLOUR = {name: (name,) for name in COLOURS} | {"gray": ("gray", "gray", "grey"), "purple": ("purple", "purple", "violet")}
+_EN_COLOUR = {name: (name,) for name in COLOURS} | {
+    "gray": ("gray", "gray", "grey"),
+    "purple": ("purple", "purple", "violet"),
+}
 _EN_SHAPE = {
     "circle": ("circle", "circle", "circle", "disc", "ball"),
     "square": ("square", "square", "square", "box"),
@@ -340,7 +350,15 @@ _EN_GO = (("moves", "moving"), ("moves", "moving"), ("moves", "moving"), ("slide
           ("drifts", "drifting"), ("travels", "travelling"), ("goes", "going"), ("flies", "flying"))  # fmt: skip
 _EN_WHERE = {
     "left": ("left", "left", "to the left", "to the left", "leftwards", "towards the left", "from right to left"),
-    "right": ("right", "right", "to the right", "to the right", "rightwards", "towards the right", "from left to right"),
+    "right": (
+        "right",
+        "right",
+        "to the right",
+        "to the right",
+        "rightwards",
+        "towards the right",
+        "from left to right",
+    ),
     "up": ("up", "up", "upwards", "upward", "to the top", "from bottom to top"),
     "down": ("down", "down", "downwards", "downward", "to the bottom", "from top to bottom"),
 }
@@ -350,13 +368,16 @@ _EN_ACT = {
                 ("becomes larger", "becoming larger"), ("grows in size", "growing in size")),
     "shrinking": (("shrinks", "shrinking"), ("shrinks", "shrinking"), ("gets smaller", "getting smaller"),
                   ("contracts", "contracting"), ("becomes smaller", "becoming smaller")),
-    "spinning": (("spins", "spinning"), ("spins", "spinning"), ("rotates", "rotating"), ("turns around", "turning around"),
+    "spinning": (("spins", "spinning"), ("spins", "spinning"), ("rotates", "rotating"),
+    ("turns around", "turning around"),
                  ("spins around", "spinning around"), ("twirls", "twirling")),
     "bouncing": (("bounces", "bouncing"), ("bounces", "bouncing"), ("bounces up and down", "bouncing up and down"),
                  ("hops", "hopping"), ("jumps up and down", "jumping up and down")),
     "standing still": (("stands still", "standing still"), ("stands still", "standing still"),
-                       ("stays still", "staying still"), ("does not move", "not moving"), ("remains still", "remaining still"),
-                       ("stays in place", "staying in place"), ("is motionless", "motionless"), ("is static", "static")),
+                       ("stays still", "staying still"), ("does not move", "not moving"),
+                       ("remains still", "remaining still"),
+                       ("stays in place", "staying in place"), ("is motionless", "motionless"),
+                       ("is static", "static")),
 }  # fmt: skip
 _EN_BACKGROUND = ("on a {} background",) * 5 + (
     "against a {} background", "over a {} background", "with a {} background", "in front of a {} background",
@@ -368,12 +389,28 @@ _EN_OPENING = ("a video of ",) * 4 + (
     "we see ", "imagine ", "a beautiful, detailed rendering of ", "4k, ", "draw me ", "the camera films ",
 )  # fmt: skip
 _EN_CLOSING = (", flat colors", ", clean edges", ", high quality", ", minimal style", ", smooth motion", ", 4k",
-               " in a quiet scene", " for our story", ", cartoon style", " today", ", beautiful light", " again")  # fmt: skip
-_EN_EXTRA = ("shiny", "cute", "pretty", "nice", "simple", "single", "lovely", "flat", "plain", "geometric", "bright", "lonely")
+               " in a quiet scene", " for our story", ", cartoon style", " today", ", beautiful light",
+               " again")  # fmt: skip
+_EN_EXTRA = (
+    "shiny",
+    "cute",
+    "pretty",
+    "nice",
+    "simple",
+    "single",
+    "lovely",
+    "flat",
+    "plain",
+    "geometric",
+    "bright",
+    "lonely",
+)
 
 _ZH_COLOUR = {
-    "red": ("红色", "红"), "green": ("绿色", "绿"), "blue": ("蓝色", "蓝"), "yellow": ("黄色", "黄"), "orange": ("橙色", "橘色"),
-    "purple": ("紫色", "紫"), "cyan": ("青色", "青"), "pink": ("粉色", "粉红色"), "white": ("白色", "白"), "black": ("黑色", "黑"),
+    "red": ("红色", "红"), "green": ("绿色", "绿"), "blue": ("蓝色", "蓝"), "yellow": ("黄色", "黄"),
+    "orange": ("橙色", "橘色"),
+    "purple": ("紫色", "紫"), "cyan": ("青色", "青"), "pink": ("粉色", "粉红色"), "white": ("白色", "白"),
+    "black": ("黑色", "黑"),
     "gray": ("灰色", "灰"),
 }  # fmt: skip
 _ZH_SHAPE = {
@@ -384,15 +421,28 @@ _ZH_SIZE = {"small": ("小", "小", "小小的", "很小的"), "big": ("大", "�
 _ZH_SPEED = {"slow": ("慢慢地", "缓慢地", "缓缓地", "慢速"), "fast": ("快速地", "迅速地", "飞快地", "快速")}
 _ZH_GO = ("移动", "移动", "移动", "滑动", "飘动", "运动", "走", "飞")
 _ZH_WHERE = {
-    "left": ("向左", "向左", "往左", "朝左", "从右向左", "向左边"), "right": ("向右", "向右", "往右", "朝右", "从左向右", "向右边"),
-    "up": ("向上", "向上", "往上", "朝上", "从下向上", "向上方"), "down": ("向下", "向下", "往下", "朝下", "从上向下", "向下方"),
+    "left": ("向左", "向左", "往左", "朝左", "从右向左", "向左边"), "right": ("向右", "向右", "往右", "朝右",
+    "从左向右", "向右边"),
+    "up": ("向上", "向上", "往上", "朝上", "从下向上", "向上方"), "down": ("向下", "向下", "往下", "朝下",
+    "从上向下", "向下方"),
 }  # fmt: skip
 _ZH_ACT = {
     "growing": ("变大", "变大", "逐渐变大", "长大", "放大"), "shrinking": ("缩小", "缩小", "变小", "逐渐缩小", "收缩"),
     "spinning": ("旋转", "旋转", "转动", "转圈", "自转"), "bouncing": ("弹跳", "弹跳", "上下弹跳", "跳动", "蹦跳"),
     "standing still": ("静止不动", "静止", "不动", "站着不动", "保持不动", "原地不动"),
 }  # fmt: skip
-_ZH_OPENING = ("视频：", "一段视频，", "一个视频：", "动画：", "画面中，", "画面里有", "镜头中，", "请生成", "高清视频，", "一段简单的动画，")
+_ZH_OPENING = (
+    "视频：",
+    "一段视频，",
+    "一个视频：",
+    "动画：",
+    "画面中，",
+    "画面里有",
+    "镜头中，",
+    "请生成",
+    "高清视频，",
+    "一段简单的动画，",
+)
 _ZH_CLOSING = ("，高清", "，画面简洁", "，边缘清晰", "，动作流畅", "，卡通风格", "，好看")
 
 
@@ -469,7 +519,7 @@ def _english(scene: Scene, rng: random.Random, background: bool) -> str:
 
 def _subject_zh(actor: Actor, rng: random.Random) -> str:
     colour = rng.choice(_ZH_COLOUR[actor.colour])
-    if rng.random() < 0.7 and len(colour) > 1 or len(colour) == 1:
+    if len(colour) == 1 or rng.random() < 0.7:
         colour += "的" if len(colour) > 1 else ("色的" if rng.random() < 0.4 else "")
     size = rng.choice(_ZH_SIZE[actor.size]) if actor.size in _ZH_SIZE and rng.random() < 0.9 else ""
     shape = rng.choice(_ZH_SHAPE[actor.shape])

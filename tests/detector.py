@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from demo_data import _DISTANCES, COLOURS, SHAPES, SYMMETRY_DEGREES  # noqa: E402
+from demo_data import _DISTANCES, COLOURS, SHAPES, SYMMETRY_DEGREES
 
 Array = NDArray[np.floating]
 
@@ -52,7 +52,7 @@ class Detection:
 def detect(video: NDArray[np.uint8]) -> Detection:
     """What one shape on a plain background does: video uint8 [F, H, W, 3]."""
     frames = video.astype(np.float32)
-    num_frames, height, width, _ = frames.shape
+    height, width = frames.shape[1:3]
     rim = max(1, min(height, width) // 64)
     inner = np.zeros((height, width), dtype=bool)
     inner[rim:-rim, rim:-rim] = True
@@ -119,9 +119,7 @@ def _lab(rgb: Array) -> Array:
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     xyz = linear @ to_xyz.T / np.array([0.9505, 1.0, 1.089])
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    return np.stack(
-        (116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])), axis=-1
-    )
+    return np.stack((116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])), axis=-1)
 
 
 def _nearest_colour(rgb: Array) -> str:

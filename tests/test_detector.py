@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "scripts")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from demo_data import (  # noqa: E402
+from demo_data import (
     COLOURS,
     HELD_OUT,
     MOTIONS,
@@ -21,7 +22,7 @@ from demo_data import (  # noqa: E402
     is_held_out,
     sample_scene,
 )
-from detector import detect  # noqa: E402
+from detector import detect
 
 ATTRIBUTES = ("background", "colour", "shape", "motion")
 
