@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from wan22.checkpoint import INDEX, TEXT_ENCODER, TOKENIZER, VAE, text_encoder_name, vae_name
+from wan22.checkpoint import INDEX, TEXT_ENCODER_STEM, TOKENIZER, VAE_STEM
 from wan22.config import configs_dir, data_dir
 from wan22.model import TransformerConfig, WanTransformer
+from wan22.tensor_names import text_encoder_name, vae_name
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 Shapes = Mapping[str, tuple[int, ...]]
@@ -51,7 +52,7 @@ def write_expert(folder: Path, config: dict, shapes: Shapes, dtype: torch.dtype,
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     groups = list(shards(shapes, dtype, 5 << 30))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = f"diffusion_pytorch_model-{number:05}-of-{len(groups):05}.safetensors"
         save_file({name: random_tensor(name, shape, dtype, device) for name, shape in group.items()}, folder / file)
@@ -60,14 +61,27 @@ def write_expert(folder: Path, config: dict, shapes: Shapes, dtype: torch.dtype,
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
 
 
-def text_encoder_shapes(vocab: int = 256384, width: int = 4096, ffn: int = 10240, heads: int = 64, layers: int = 24):
+def expert_shapes(layers: int | None) -> tuple[dict, Shapes]:
+    """The published config and an expert's shapes, with another number of layers where one is given."""
+    config = json.loads((configs_dir() / "Wan2.2-T2V-A14B/high_noise_model/config.json").read_text())
+    config["num_layers"] = layers or config["num_layers"]
+    sizes = {key: value for key, value in config.items() if key in TransformerConfig.__dataclass_fields__}
+    with torch.device("meta"):
+        state = WanTransformer(TransformerConfig(**sizes)).state_dict()
+    return config, {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def text_encoder_shapes(
+    vocab: int = 256384, width: int = 4096, ffn: int = 10240, heads: int = 64, layers: int = 24
+) -> Shapes:
     """UMT5-XXL's encoder under its published names."""
-    shapes = {"token_embedding.weight": (vocab, width), "norm.weight": (width,)}
+    shapes: dict[str, tuple[int, ...]] = {"token_embedding.weight": (vocab, width), "norm.weight": (width,)}
     for i in range(layers):
         shapes |= {f"blocks.{i}.attn.{x}.weight": (width, width) for x in "qkvo"}
         shapes |= {f"blocks.{i}.norm{n}.weight": (width,) for n in (1, 2)}
         shapes |= {f"blocks.{i}.ffn.{x}.weight": (ffn, width) for x in ("gate.0", "fc1")}
-        shapes |= {f"blocks.{i}.ffn.fc2.weight": (width, ffn), f"blocks.{i}.pos_embedding.embedding.weight": (32, heads)}
+        shapes |= {f"blocks.{i}.ffn.fc2.weight": (width, ffn)}
+        shapes |= {f"blocks.{i}.pos_embedding.embedding.weight": (32, heads)}
     assert all(text_encoder_name(name) for name in shapes)
     return shapes
 
@@ -79,7 +93,7 @@ def vae_shapes(demo_vae: Path, width: int = 96) -> Shapes:
     from wan22.tensor_files import Safetensors
 
     with torch.device("meta"):
-        wanted = AutoencoderKLWan(base_dim=width).state_dict()
+        wanted = AutoencoderKLWan(base_dim=width).state_dict()  # type: ignore[attr-defined]
     return {name: tuple(wanted[vae_name(name)].shape) for name in Safetensors(demo_vae).shapes}
 
 
@@ -93,11 +107,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="draws the numbers")
     args = parser.parse_args()
     torch.manual_seed(0)
-    config = json.loads((configs_dir() / "Wan2.2-T2V-A14B/high_noise_model/config.json").read_text())
-    config["num_layers"] = args.layers or config["num_layers"]
-    sizes = {key: value for key, value in config.items() if key in TransformerConfig.__dataclass_fields__}
-    with torch.device("meta"):
-        shapes = {n: tuple(p.shape) for n, p in WanTransformer(TransformerConfig(**sizes)).state_dict().items()}
+    config, shapes = expert_shapes(args.layers)
     high, low = args.folder / "high_noise_model", args.folder / "low_noise_model"
     write_expert(high, config, shapes, DTYPES[args.dtype], args.device)
     if args.link:
@@ -109,8 +119,8 @@ def main() -> None:
     if not args.only_experts:
         demo = data_dir("demo")
         for file, table, dtype in (
-            (TEXT_ENCODER, text_encoder_shapes(), torch.bfloat16),
-            (VAE, vae_shapes(demo / f"{VAE}.safetensors"), torch.float32),
+            (TEXT_ENCODER_STEM, text_encoder_shapes(), torch.bfloat16),
+            (VAE_STEM, vae_shapes(demo / f"{VAE_STEM}.safetensors"), torch.float32),
         ):
             tensors = {name: random_tensor(name, shape, dtype, args.device) for name, shape in table.items()}
             save_file(tensors, args.folder / f"{file}.safetensors")

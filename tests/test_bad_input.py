@@ -76,7 +76,7 @@ def refused(capsys, words, *expected, code=2):
         (["--t5_fsdp"], ["--t5_fsdp", "torchrun"]),
         (["--ulysses_size", "4"], ["--ulysses_size", "torchrun"]),
         (["--preset", "nonsense"], ["--preset nonsense", "demo"]),
-        (["--preset", "lightning"], ["lightning", "later version"]),
+        (["--preset", "lightning"], ["Wan2.2-T2V-A14B-4steps-lora", "loras", "wan22 download lightning"]),
         (["--no-such-flag"], ["--no-such-flag"]),
         (["--from", "nowhere.mp4"], ["nowhere.mp4"]),
         (["--ckpt_dir", "nowhere"], ["--ckpt_dir", "nowhere", "wan22 download"]),
@@ -96,7 +96,8 @@ def test_no_prompt(capsys):
 
 
 def test_no_weights_names_every_place(capsys):
-    refused(capsys, SMALL, "$WAN22_CKPT_DIR", "./Wan2.2-T2V-A14B", "./T2V_A14B_weights", "Hugging Face", "wan22 download")
+    places = ["$WAN22_CKPT_DIR", "./Wan2.2-T2V-A14B", "./T2V_A14B_weights", "Hugging Face"]
+    refused(capsys, SMALL, *places, "wan22 download")
 
 
 def test_existing_output(capsys, elsewhere):

@@ -1,4 +1,4 @@
-"""The published code's own numbers, met in float32 on the CPU. The tolerances are absolute; rounding is what is left."""
+"""The published code's own numbers, met in float32 on the CPU. Tolerances are absolute; rounding is what is left."""
 
 import json
 

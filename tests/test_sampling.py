@@ -48,9 +48,12 @@ class CountingExperts:
     def __init__(self):
         self.log = []
 
-    def get(self, name):
+    def get(self, name, loras):
         self.log.append(("get", name))
         return CountingModel(self.log, name)
+
+    def expect(self, name, loras):
+        pass
 
 
 SMALL = Request("x", width=64, height=64, num_frames=5, num_steps=20, shift=5.0, seed=1)

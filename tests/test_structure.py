@@ -10,15 +10,32 @@ from conftest import ROOT
 
 FLOORS = [
     {"cli"},
-    {"pipeline", "batch", "bench", "compare", "convert", "download", "prompt_extend", "gallery"},
-    {"plan", "text_encoder", "sampling", "vae", "video"},
-    {"experts", "state", "step_cache", "record", "sheet"},
+    {"batch", "bench", "compare"},
+    {"items"},
+    {"options"},
+    {"pipeline", "convert", "download", "prompt_extend", "gallery"},
+    {"plan", "text_encoder", "sampling", "vae", "video", "contents"},
+    {"sizes"},
+    {"experts", "state", "step_cache", "sheet"},
+    {"streaming", "record"},
     {"load"},
-    {"checkpoint", "lora", "quantize", "parallel"},
+    {"chunks"},
+    {"checkpoint", "lora", "pack", "quantize", "parallel"},
+    {"expert_files"},
+    {"layouts"},
+    {"scaled_fp8"},
+    {"gguf_files", "tensor_names"},
     {"tensor_files"},
+    {"reading"},
     {"model"},
-    {"attention", "kernels"},
-    {"names", "report", "verify"},
+    {"attention"},
+    {"kernels"},
+    {"hub"},
+    {"target"},
+    {"journal"},
+    {"names", "report", "verify", "claim"},
+    {"memory"},
+    {"machine", "vae_sizes"},
     {"config"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
@@ -90,6 +107,6 @@ def test_missing_weights_are_told_at_once(tmp_path):
 def test_a_wrong_file_is_told_before_torch(tiny_copy):
     shard = next((tiny_copy / "low_noise_model").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    script = "import sys; from wan22.cli import main; code = main(sys.argv[1:]); sys.exit(code if 'torch' not in sys.modules else 9)"
+    script = "import sys; from wan22 import cli; c=cli.main(sys.argv[1:]);sys.exit(9 * ('torch' in sys.modules) or c)"
     result = run("-c", script, "generate", "--prompt", "x", "--ckpt_dir", str(tiny_copy))
     assert (result.returncode, "truncated" in result.stderr) == (2, True)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan22.config import RequestError, RunError
+from wan22.config import Encoding, RequestError, RunError
+from wan22.record import stored_text
 from wan22.sheet import frame_sheet, grid
-from wan22.video import check_writable, open_output, read_frames, read_record
+from wan22.video import check_writable, iter_frames, open_output, read_frames, read_record, write_sidecar
 
 W, H, FPS = 96, 64, 16
 OUTPUTS = pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.png", "x"])
@@ -532,3 +533,71 @@ def test_a_signal_that_becomes_an_exit_leaves_nothing(tmp_path) -> None:
         process.send_signal(signal.SIGTERM)
     assert process.returncode == 143
     assert os.listdir(tmp_path) == []
+
+
+# Encodings and sidecars --------------------------------------------------------------------------------------------
+
+
+def test_crf_and_codec(tmp_path) -> None:
+    frames = clip(9, 192, 128)
+    sizes, quality = {}, {}
+    for codec, name in (("libx264", b"avc1"), ("libx265", b"hvc1")):
+        for crf in (10, 40):
+            path = save(tmp_path / f"{codec}-{crf}.mp4", frames, NASTY, encoding=Encoding(crf, codec))
+            assert read_record(path) == NASTY
+            assert name in path.read_bytes()
+            sizes[codec, crf] = path.stat().st_size
+            quality[codec, crf] = psnr(read_frames(path)[0], frames)
+        again = save(tmp_path / "again.mp4", frames, NASTY, encoding=Encoding(40, codec), if_exists="replace")
+        assert again.read_bytes() == path.read_bytes()
+        assert sizes[codec, 10] > sizes[codec, 40]
+        assert quality[codec, 10] > quality[codec, 40]
+    assert save(tmp_path / "plain.mp4", frames, NASTY).read_bytes() == (tmp_path / "libx264-10.mp4").read_bytes()
+    # What a player needs, in the new codec too: the colours told, red is red.
+    red = np.full((5, 64, 96, 3), (220, 40, 40), np.uint8)
+    back = read_frames(save(tmp_path / "red.mp4", red, encoding=Encoding(10, "libx265")))[0]
+    assert np.abs(back.astype(int) - red).max() <= 3
+
+
+@pytest.mark.parametrize("wrong", [{"crf": -1}, {"crf": 52}, {"crf": 1.5}, {"crf": True}, {"codec": "libx266"}])
+def test_encodings_that_are_none(wrong: dict) -> None:
+    with pytest.raises(RequestError, match=r"--crf|--codec"):
+        Encoding(**wrong)
+
+
+@POSIX
+def test_a_codec_that_this_ffmpeg_has_not(tmp_path, monkeypatch) -> None:
+    fake = tmp_path / "ffmpeg"
+    fake.write_text("#!/bin/sh\necho ' V....D libx264   H.264'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
+    check_writable(tmp_path / "x.mp4")
+    check_writable(tmp_path / "x.gif", encoding=Encoding(codec="libx265"))
+    with pytest.raises(RequestError, match="no such encoder"):
+        check_writable(tmp_path / "x.mp4", encoding=Encoding(codec="libx265"))
+
+
+@VIDEOS
+def test_frames_one_by_one_are_the_same(tmp_path, name: str) -> None:
+    path = save(tmp_path / name, np.repeat(clip(5), 2, axis=0))
+    frames = list(iter_frames(path))
+    assert (np.stack(frames) == read_frames(path)[0]).all()
+    assert len(frames) == 10
+
+
+@OUTPUTS
+def test_sidecar(tmp_path, name: str) -> None:
+    path = save(tmp_path / name, clip(3), NASTY)
+    sidecar = write_sidecar(path, "error")
+    assert sidecar == tmp_path / "x.json"
+    assert sidecar.read_text(encoding="utf-8") == stored_text(path)
+    assert read_record(sidecar) == NASTY
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "x.json"])
+    assert write_sidecar(path, "error") == sidecar  # it says that already
+    sidecar.write_text("{}")
+    with pytest.raises(RunError, match="not overwritten"):
+        write_sidecar(path, "error")
+    assert write_sidecar(path, "number") == tmp_path / "x-2.json"
+    assert sidecar.read_text() == "{}"
+    assert write_sidecar(path, "replace") == sidecar
+    assert read_record(sidecar) == NASTY

@@ -9,11 +9,11 @@ Names are imported when first used: `import wan22` brings neither torch nor any 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wan22.config import Placement, Precision, Request, WanError
+    from wan22.config import Lora, Placement, Precision, Request, WanError
     from wan22.pipeline import Pipeline, Result
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "Placement", "Precision", "Request", "Result", "WanError", "__version__"]
+__all__ = ["Lora", "Pipeline", "Placement", "Precision", "Request", "Result", "WanError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +21,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'wan22' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module("wan22.pipeline" if name in ("Pipeline", "Result") else "wan22.config"), name)
+    home = "wan22.pipeline" if name in ("Pipeline", "Result") else "wan22.config"
+    return getattr(importlib.import_module(home), name)

@@ -10,31 +10,49 @@ import re
 import signal
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 import wan22
-from wan22.checkpoint import find_checkpoint, open_checkpoint
+import wan22.plan as planning
+from wan22.checkpoint import Parts, find_checkpoint, open_checkpoint
 from wan22.config import (
+    ATTENTIONS,
+    CODECS,
     DEFAULT_TASK,
     SOLVERS,
+    Encoding,
     Placement,
     Precision,
-    Preset,
     Request,
     RequestError,
     WanError,
-    digest,
-    load_preset,
+    parse_bytes,
     parse_size,
     preset_names,
 )
+from wan22.names import next_free
+from wan22.options import (
+    Base,
+    given,
+    make_request,
+    read_any_record,
+    read_base,
+    read_checkpoint,
+    read_encoding,
+    read_placement,
+    read_precision,
+    read_request,
+    with_options_of,
+)
+from wan22.state import is_finished
+from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
 
 if TYPE_CHECKING:
     from wan22.pipeline import Pipeline
+    from wan22.prompt_extend import Extension
 
 app = typer.Typer(
     name="wan22",
@@ -43,6 +61,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+LORA = "FILE[:STRENGTH[:LEAD]]"
+# Parts of a checkpoint, for every command that opens one.
+HighNoise = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Another high-noise expert: a file or folder in any layout.")
+]
+LowNoise = Annotated[str | None, typer.Option(metavar="PATH", help="Another low-noise expert.")]
+TextEncoderPath = Annotated[str | None, typer.Option("--text-encoder", metavar="PATH", help="Another text encoder.")]
+VaePath = Annotated[str | None, typer.Option("--vae", metavar="PATH", help="Another VAE.")]
+TokenizerPath = Annotated[str | None, typer.Option("--tokenizer", metavar="PATH", help="Another tokenizer's folder.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -65,8 +94,30 @@ def common(
 def generate(
     prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from; default: the published.")] = None,
+    use_prompt_extend: Annotated[
+        bool, typer.Option("--use-prompt-extend", help="Have a language model write the prompt out first.")
+    ] = False,
+    prompt_extend_method: Annotated[
+        str | None, typer.Option(help="local_qwen (default), or dashscope: any OpenAI-compatible endpoint.")
+    ] = None,
+    prompt_extend_model: Annotated[
+        str | None, typer.Option(help="Default: Qwen2.5_14B of local_qwen, qwen-plus of dashscope.")
+    ] = None,
+    prompt_extend_target_lang: Annotated[str | None, typer.Option(help="zh (default), or en.")] = None,
+    prompt_extend_url: Annotated[
+        str | None,
+        typer.Option(help="Of the endpoint. The key: DASH_API_KEY, DASHSCOPE_API_KEY or OPENAI_API_KEY, if set."),
+    ] = None,
+    prompt_extend_fallback: Annotated[
+        bool, typer.Option("--prompt-extend-fallback", help="Where that fails, go on with the prompt as it is.")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="demo, a folder, or owner/name in the Hugging Face cache.")] = None,
     ckpt_dir: Annotated[str | None, typer.Option(help="The folder of weights.")] = None,
+    high_noise: HighNoise = None,
+    low_noise: LowNoise = None,
+    text_encoder: TextEncoderPath = None,
+    vae: VaePath = None,
+    tokenizer: TokenizerPath = None,
     preset: Annotated[str | None, typer.Option(help=f"{', '.join(preset_names())}, or FILE.toml.")] = None,
     task: Annotated[str | None, typer.Option(help=f"{DEFAULT_TASK}, the one there is.")] = None,
     size: Annotated[str | None, typer.Option(help="1280*720, 1280x720, 720p, 480p; any multiples of 16.")] = None,
@@ -79,6 +130,15 @@ def generate(
         float | None, typer.Option("--guidance", "--sample-guide-scale", help="Of both experts; 1 is off.")
     ] = None,
     guidance_low: Annotated[float | None, typer.Option(help="Of the low-noise expert alone.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar=LORA, help="An adapter for both experts, or a folder with a pair. Repeatable."),
+    ] = None,
+    lora_high: Annotated[list[str] | None, typer.Option(metavar=LORA, help="For the high-noise expert.")] = None,
+    lora_low: Annotated[list[str] | None, typer.Option(metavar=LORA, help="For the low-noise expert.")] = None,
+    lora_dir: Annotated[str | None, typer.Option(help="Where to look first for adapters named without a path.")] = None,
+    lead_steps: Annotated[int | None, typer.Option(help="First steps with LEAD strengths and --guidance-lead.")] = None,
+    guidance_lead: Annotated[float | None, typer.Option(help="Of the lead steps.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", "--base-seed", help="Default: one is drawn and told.")] = None,
     noise_device: Annotated[str | None, typer.Option(help="cpu, or cuda to draw as the published code does.")] = None,
     output: Annotated[
@@ -86,14 +146,22 @@ def generate(
         typer.Option("--output", "--save-file", help=".mp4, .gif, .png (a frame sheet), or a folder of frames."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
+    save_every: Annotated[float | None, typer.Option(metavar="SECONDS", help="Between savings of the state.")] = None,
     keep_latents: Annotated[bool, typer.Option("--keep-latents", help="Leave NAME.latents.safetensors too.")] = False,
+    sidecar: Annotated[bool, typer.Option("--sidecar", help="Write the file's record to NAME.json too.")] = False,
+    crf: Annotated[int | None, typer.Option(help=f"Of an .mp4: 0 (best) to 51; default: {Encoding.crf}.")] = None,
+    codec: Annotated[str | None, typer.Option(help=f"Of an .mp4: {', '.join(CODECS)}.")] = None,
     from_file: Annotated[str | None, typer.Option("--from", help="Make the video of this file again.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Weights: auto, bf16, float32.")] = None,
+    attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTIONS) + ".")] = None,
     convert_model_dtype: Annotated[
         bool, typer.Option("--convert-model-dtype", help="Experts in bf16 (what a GPU does anyway).")
     ] = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N.")] = None,
-    offload: Annotated[str | None, typer.Option(help="auto, none (keep both experts), expert (one at a time).")] = None,
+    offload: Annotated[
+        str | None, typer.Option(help="auto, none (keep both experts), expert (one), block (part of one), disk.")
+    ] = None,
+    gpu_memory_limit: Annotated[str | None, typer.Option(help="GPU memory to make do with: 16GiB.")] = None,
     offload_model: Annotated[str | None, typer.Option(metavar="BOOL", help="True: --offload expert.")] = None,
     t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
     dit_fsdp: Annotated[bool, typer.Option("--dit-fsdp", help="Shard the experts (under torchrun).")] = False,
@@ -103,123 +171,215 @@ def generate(
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
 ) -> None:
     """Make a video from a prompt."""
+    flags = dict(locals())
     refuse_unready_parallel(dit_fsdp, t5_fsdp, ulysses_size)
-    base = read_record_settings(from_file) if from_file else Base.of_preset(preset, model)
-    if from_file and preset:
-        raise RequestError("--from and --preset both bring settings", hint="give one of them")
-    width, height = parse_size(size) if size else (None, None)
-    asked = {
-        "prompt": prompt, "negative_prompt": negative_prompt, "task": task, "width": width, "height": height,
-        "num_frames": frames, "fps": fps, "num_steps": steps, "shift": shift, "solver": solver,
-        "guidance_high": guidance, "guidance_low": guidance if guidance_low is None else guidance_low,
-        "noise_device": noise_device,
-    }  # fmt: skip
-    settings = {**base.request, **{name: value for name, value in asked.items() if value is not None}}
-    if seed is not None:
-        settings["seed"] = None if seed == -1 else seed  # -1 is the published way to ask for any
-    if "prompt" not in settings:
-        raise RequestError("--prompt is missing", hint='say what to show: --prompt "a red ball rolls over a table"')
-    request = Request.from_dict(settings)
-    precision = Precision.from_dict(
-        {**base.precision, **_given(weights=dtype or ("bf16" if convert_model_dtype else None))}
-    )
-    if offload_model is not None:
-        wanted = "expert" if parse_bool("--offload_model", offload_model) else "none"
-        if offload not in (None, wanted):
-            raise RequestError(f"--offload_model {offload_model} and --offload {offload} contradict each other")
-        offload = wanted
-    placement = Placement(
-        **{**base.placement, **_given(device=device, offload=offload, text_encoder="cpu" if t5_cpu else None)}
-    )
+    base = read_base(flags)
+    settings = read_request(flags, base)
+    request = make_request(settings)
+    precision, placement = read_precision(flags, base), read_placement(flags, base)
+    encoding = read_encoding(flags, base)
+    extension = None
+    if any(flags[name] for name in flags if "prompt_extend" in name):
+        from wan22.prompt_extend import Extension
 
+        if extension := Extension.read(flags):
+            extension.check()
     if output:
-        from wan22.video import check_writable
-
-        check_writable(output, if_exists="replace" if overwrite else "error")
-    checkpoint = open_checkpoint(find_checkpoint(None if ckpt_dir else base.model or model, ckpt_dir), request.task)
+        # Whole, with its state beside it: a kill came just before the end. The same command tidies up.
+        if_exists: IfExists = "replace" if overwrite or is_finished(Path(output)) else "error"
+        check_writable(output, if_exists=if_exists, encoding=encoding)
+        if sidecar:
+            check_sidecar(output, if_exists=if_exists)
+    checkpoint = read_checkpoint(flags, base, request.task)
+    request = make_request(settings, checkpoint)
+    planning.require_here(request, precision, placement, planning.Sizes.of(checkpoint))
     from wan22.pipeline import Pipeline
     from wan22.report import ConsoleReporter, JsonReporter
 
     reporter = JsonReporter() if json_lines else ConsoleReporter()
-    pipeline = Pipeline(checkpoint, precision, placement)
+    pipeline = Pipeline(checkpoint, precision, placement, encoding)
     if base.checkpoint and base.checkpoint != pipeline.identity:
         raise RequestError(
             f"--from {from_file}: was made with another checkpoint than {checkpoint.folder}",
             hint="name the one it was made with: --ckpt_dir FOLDER",
         )
-    drawn = request.seed is None
-    request = pipeline.resolve(request)
-    target = _target(output, request, pipeline)
-    for warning in request.warnings():
+    for warning in pipeline.warnings(pipeline.resolve(request)):
         reporter.warn(warning)
+    target = Path(output) if output else None
     if dry_run:
-        describe(request, pipeline, target, json_lines)
+        request = pipeline.resolve(request)
+        describe(request, pipeline, target or next_free(pipeline.name(request, Path())), extension, json_lines)
         return
-    reporter.note(f"seed {request.seed}" + (" (drawn)" if drawn else ""), seed=request.seed)
-    policy = "replace" if overwrite and output else "error" if output else "number"
-    path = pipeline.generate_file(request, target, policy, keep_latents, reporter)  # type: ignore[arg-type]
+    if not output:
+        check_writable("video.mp4", if_exists="number", encoding=encoding)
+    if extension:
+        request = extension(request, pipeline.device, reporter)
+    drawn = request.seed is None
+    request, state = pipeline.begin(request, target, overwrite)
+    with state:
+        if state.begun:
+            reporter.note(
+                f"going on from step {state.begun.done} of {state.steps}, seed {request.seed}",
+                resumed=state.begun.done, steps=state.steps, seed=request.seed,
+            )  # fmt: skip
+        else:
+            reporter.note(f"seed {request.seed}" + (" (drawn)" if drawn else ""), seed=request.seed)
+        for adapter in request.loras:
+            reporter.note(f"adapter {adapter}", sha256=adapter.sha256)
+        policy: IfExists = "number" if target is None else "replace" if overwrite else "error"
+        path = pipeline.generate_file(request, state, policy, keep_latents, reporter)
+        if sidecar:
+            write_sidecar(path, policy)
     reporter.finished(str(path))
 
 
 @app.command()
-def show(file: Annotated[str, typer.Argument(help="A video (or sheet, folder of frames, latents) that wan22 made.")]) -> None:
-    """Print how a file was made, as JSON."""
-    print(json.dumps(read_any_record(file), ensure_ascii=False, indent=2))
+def download(
+    repo: Annotated[
+        str, typer.Argument(help="The published repository, a short name such as lightning, or OWNER/NAME[@REVISION].")
+    ] = "Wan2.2-T2V-A14B",
+    ckpt_dir: Annotated[str | None, typer.Option(help="The folder to fill; default: the Hugging Face cache.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A file, folder or pattern; may be repeated.")] = None,
+    source: Annotated[str, typer.Option(help="hub, or modelscope.")] = "hub",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched, and stop.")] = False,
+    check: Annotated[str | None, typer.Option(metavar="DIR", help="Hash all that is in DIR, fetch nothing.")] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Fetch weights, every byte of them verified; run again to go on."""
+    from wan22 import download as library
+
+    if check is not None:
+        report = library.check(check, only=only or ())
+        print(json.dumps(report.to_dict()) if json_lines else "\n".join(report.lines()))
+        raise typer.Exit(0 if report.whole else 1)
+    result = library.download(repo, ckpt_dir=ckpt_dir, only=only or (), source=source, dry_run=dry_run)
+    if json_lines:
+        print(json.dumps(result.to_dict()))
+    else:
+        print("\n".join(result.lines()) if dry_run else result.folder)
+    raise typer.Exit(3 if dry_run and not result.fits else 0)
 
 
-@dataclass(frozen=True)
-class Base:
-    """What the flags are laid over: a preset's settings, or those of an earlier file."""
+@app.command()
+def show(
+    file: Annotated[
+        str,
+        typer.Argument(help="A video (or sheet, folder of frames, latents) that wan22 made; a checkpoint or a part."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Of a checkpoint too: one JSON object.")] = False,
+) -> None:
+    """Print how a video was made, as JSON; or what a checkpoint folder or a file of weights is."""
+    from wan22.contents import as_text, describe, holds_weights
 
-    request: dict[str, Any]
-    precision: dict[str, Any]
-    placement: dict[str, Any]
-    model: str | None = None
-    checkpoint: str | None = None  # identity that must be met again
-
-    @classmethod
-    def of_preset(cls, name: str | None, model: str | None) -> "Base":
-        """The preset asked for; the demo brings its own where none is. Raises RequestError."""
-        name = name or ("demo" if model == "demo" else None)
-        if not name:
-            return cls({}, {}, {})
-        preset: Preset = load_preset(name)
-        if preset.requires:
-            raise RequestError(f"--preset {preset.name}: {preset.requires}")
-        return cls(preset.request, preset.precision, preset.placement, model or preset.model)
+    if not holds_weights(Path(file)):
+        print(json.dumps(read_any_record(file), ensure_ascii=False, indent=2))
+    elif as_json:
+        print(json.dumps(describe(Path(file)), ensure_ascii=False))
+    else:
+        print(as_text(describe(Path(file))))
 
 
-def read_any_record(file: str) -> dict[str, Any]:
-    """The record inside a video, sheet, folder of frames or latents. Raises RequestError."""
-    if file.endswith(".safetensors"):
-        from wan22.state import read_latents_record
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A video (.mp4, .gif, folder of frames), or latents.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another of the same size, measured against A.")],
+    output: Annotated[str | None, typer.Option(metavar="FILE.png", help="Plot the measures frame by frame.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, every frame in it.")] = False,
+) -> None:
+    """Tell how far two videos are apart (PSNR, SSIM), or two files of latents (relative error)."""
+    from wan22.compare import check_plot, save_plot
+    from wan22.compare import compare as measure
 
-        return read_latents_record(Path(file))
-    from wan22.video import read_record
-
-    return read_record(file)
-
-
-def read_record_settings(file: str) -> Base:
-    """An earlier file's settings, to make it again. Raises RequestError."""
-    record = read_any_record(file)
-    try:
-        request, precision = dict(record["request"]), dict(record["precision"])
-        model, checkpoint = str(record["model"]), str(record["checkpoint"])
-    except (KeyError, TypeError, ValueError):
-        raise RequestError(f"--from {file}: its record is not one of this program's") from None
-    Request.from_dict(request, f"--from {file}")
-    Precision.from_dict(precision, f"--from {file}")
-    return Base(request, precision, {}, "demo" if model == "demo" else None, checkpoint)
+    if output:
+        check_plot(output, overwrite)
+    comparison = measure(a, b)
+    print(json.dumps(comparison.to_dict(), ensure_ascii=False) if as_json else "\n".join(comparison.lines()))
+    if output:
+        save_plot(comparison, output, overwrite)
+        print(f"plot: {output}", file=sys.stderr)
 
 
-def parse_bool(flag: str, text: str) -> bool:
-    """`True`, `false`, `yes`, `0` … as the published flags take them. Raises RequestError."""
-    known = {"true": True, "yes": True, "y": True, "t": True, "1": True,
-             "false": False, "no": False, "n": False, "f": False, "0": False}  # fmt: skip
-    if text.lower() not in known:
-        raise RequestError(f"{flag} {text}: neither True nor False")
-    return known[text.lower()]
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint folder in any layout, or a name, as --model takes it.")],
+    target: Annotated[str, typer.Argument(metavar="DEST", help="The folder to make.")],
+    dtype: Annotated[str, typer.Option(help="bf16, or fp8 (a scale a row).")] = "bf16",
+    high_noise: HighNoise = None,
+    low_noise: LowNoise = None,
+    text_encoder: TextEncoderPath = None,
+    vae: VaePath = None,
+    tokenizer: TokenizerPath = None,
+) -> None:
+    """Make one folder of sharded safetensors, in bf16 or fp8, of a checkpoint in any layout."""
+    checkpoint = open_checkpoint(
+        find_checkpoint(source), parts=Parts(high_noise, low_noise, text_encoder, vae, tokenizer)
+    )
+    for warning in checkpoint.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    from wan22.convert import convert as run
+
+    print(run(checkpoint, Path(target), dtype))
+
+
+@app.command()
+def plan(
+    size: Annotated[str, typer.Option(help="1280*720, 720p, 480p; any multiples of 16.")] = "720p",
+    frames: Annotated[int | None, typer.Option("--frames", "--frame-num", help="4n + 1.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Weights: auto, bf16, float32.")] = None,
+    offload: Annotated[str, typer.Option(help="auto, none, expert, block, disk.")] = "auto",
+    t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
+    gpu_memory: Annotated[str | None, typer.Option(help="As if so much were free: 24GiB; 0 for none.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="As if so much were free: 64GiB.")] = None,
+    model: Annotated[str | None, typer.Option(help="Default: the published model's sizes.")] = None,
+    ckpt_dir: Annotated[str | None, typer.Option(help="The folder of weights.")] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="Every term, in bytes, as one JSON object.")] = False,
+) -> None:
+    """Say what a video needs of memory and disk, and which placement it would take; exit 3 when nothing fits."""
+    width, height = parse_size(size)
+    request = Request("x", width=width, height=height, **given(num_frames=frames))
+    sizes = planning.Sizes.published()
+    if model or ckpt_dir:
+        sizes = planning.Sizes.of(open_checkpoint(find_checkpoint(model, ckpt_dir)))
+    gpu, host = planning.rooms(gpu_memory, host_memory)
+    placement = Placement(offload=offload, text_encoder="cpu" if t5_cpu else "auto")
+    made = planning.make_plan(request, Precision(**given(weights=dtype)), placement, sizes, gpu, host)
+    print(json.dumps(planning.as_dict(made)) if json_lines else planning.as_text(made, request, sizes))
+    raise typer.Exit(0 if made.chosen else 3)
+
+
+@app.command()
+def decode(
+    latents: Annotated[str, typer.Argument(help="NAME.latents.safetensors, or a run's state whose steps are done.")],
+    output: Annotated[str | None, typer.Option("--output", "--save-file", help="Default: NAME.mp4 beside it.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
+    model: Annotated[str | None, typer.Option(help="The one that the latents were made with.")] = None,
+    ckpt_dir: Annotated[str | None, typer.Option(help="The folder of weights.")] = None,
+    high_noise: HighNoise = None,
+    low_noise: LowNoise = None,
+    text_encoder: TextEncoderPath = None,
+    vae: VaePath = None,
+    tokenizer: TokenizerPath = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
+    gpu_memory_limit: Annotated[str | None, typer.Option(help="GPU memory to make do with: 16GiB.")] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
+) -> None:
+    """Make the video of latents that a run has kept."""
+    flags = dict(locals())
+    record = read_any_record(latents)
+    if output:
+        check_writable(output, if_exists="replace" if overwrite else "error")
+    if not model and not ckpt_dir and record.get("model") == "demo":
+        flags["model"] = "demo"
+    checkpoint = read_checkpoint(flags, Base({}, {}, {}), DEFAULT_TASK)
+    from wan22.pipeline import Pipeline
+    from wan22.report import ConsoleReporter, JsonReporter
+
+    limit = parse_bytes("--gpu-memory-limit", gpu_memory_limit) if gpu_memory_limit else None
+    pipeline = Pipeline(checkpoint, Precision(), Placement(device, gpu_memory_limit=limit))
+    reporter = JsonReporter() if json_lines else ConsoleReporter()
+    path = pipeline.decode_file(Path(latents), Path(output) if output else None, overwrite, reporter)
+    reporter.finished(str(path))
 
 
 def refuse_unready_parallel(dit_fsdp: bool, t5_fsdp: bool, ulysses_size: int) -> None:
@@ -227,44 +387,34 @@ def refuse_unready_parallel(dit_fsdp: bool, t5_fsdp: bool, ulysses_size: int) ->
     world = int(os.environ.get("WORLD_SIZE", "1"))
     for flag, asked in (("--dit_fsdp", dit_fsdp), ("--t5_fsdp", t5_fsdp), ("--ulysses_size", ulysses_size != 1)):
         if asked and world == 1:
-            raise RequestError(f"{flag} needs several processes", hint="start with: torchrun --nproc_per_node=N generate.py …")
+            raise RequestError(f"{flag} needs several processes", hint="torchrun --nproc_per_node=N generate.py …")
     if world > 1:
         if os.environ.get("RANK", "0") != "0":
             raise typer.Exit(2)
         raise RequestError("several GPUs are not supported yet", hint="run without torchrun, on one")
 
 
-def _given(**settings: Any) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def _target(output: str | None, request: Request, pipeline: "Pipeline") -> Path:
-    """The asked-for path, or a name made of the prompt and a digest of all that decides the picture."""
-    if output:
-        return Path(output)
-    from wan22.names import default_output
-    from wan22.video import check_writable
-
-    name = default_output(".", request.prompt, digest(request.to_dict(), pipeline.precision.to_dict(), {"": pipeline.identity}))
-    check_writable(name, if_exists="number")
-    return name
-
-
-def describe(request: Request, pipeline: "Pipeline", target: Path, as_json: bool) -> None:
-    """What `generate` would do, on stdout."""
+def describe(
+    request: Request, pipeline: "Pipeline", target: Path, extension: "Extension | None", as_json: bool
+) -> None:
+    """What `generate` would do, on stdout. A prompt that would be extended is still the one given."""
     from wan22.sampling import describe_split, plan_steps
 
     steps = plan_steps(request)
     facts = {
         "prompt": request.prompt,
+        **({"extended by": str(extension)} if extension else {}),
         "size": f"{request.width}x{request.height}, {request.num_frames} frames at {request.fps} a second",
         "steps": f"{request.num_steps} ({request.solver}, shift {request.shift:g}): "
         + describe_split(steps, request.spec.experts),
-        "guidance": f"{request.guidance_high:g} high noise, {request.guidance_low:g} low noise",
+        "guidance": (f"{request.guidance_lead:g} in {request.lead_steps} lead steps, " if request.lead_steps else "")
+        + f"{request.guidance_high:g} high noise, {request.guidance_low:g} low noise",
+        **({"adapters": "; ".join(map(str, request.loras))} if request.loras else {}),
         "seed": request.seed,
         "checkpoint": str(pipeline.checkpoint.folder),
         "weights": f"{pipeline.precision.weights}, {pipeline.experts.bytes / 2**30:.2f} GiB both experts, "
-        + ("both kept" if pipeline.experts.keep_both else "one at a time"),
+        + planning.describe(pipeline.plan(request)),
+        "attention": pipeline.precision.attention,
         "device": str(pipeline.device),
         "output": str(target),
     }
@@ -277,7 +427,8 @@ def describe(request: Request, pipeline: "Pipeline", target: Path, as_json: bool
 
 def normalize(argv: list[str]) -> tuple[list[str], bool]:
     """`--frame_num` → `--frame-num`, in names and not in values; `--debug` is taken from wherever it stands."""
-    words, debug = [], False
+    words: list[str] = []
+    debug = False
     for place, word in enumerate(argv):
         if word == "--":
             return words + argv[place:], debug
@@ -291,8 +442,112 @@ def normalize(argv: list[str]) -> tuple[list[str], bool]:
     return words, debug
 
 
+# For the whole batch, or for one video alone.
+NOT_IN_BATCH = (
+    "prompt", "output", "overwrite", "from_file", "json_lines", "dry_run", "sidecar", "use_prompt_extend",
+    "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang", "prompt_extend_url",
+    "prompt_extend_fallback",
+)  # fmt: skip
+OF_A_LINE = (
+    "prompt", "negative_prompt", "size", "frames", "fps", "steps", "shift", "solver", "guidance", "guidance_low",
+    "lora", "lora_high", "lora_low", "lead_steps", "guidance_lead", "seed", "noise_device", "task",
+)  # fmt: skip
+
+
+@app.command()
+@with_options_of(generate, without=NOT_IN_BATCH)
+def batch(
+    file: Annotated[str, typer.Argument(help="Prompts (.txt), a table (.jsonl, .csv), or a folder of videos.")],
+    output: Annotated[str | None, typer.Option("--output", help="The folder; default: FILE-videos.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="1..8, or 1,2,5: each item with each of them.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Each item so often, with another seed each time.")] = 1,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only this part; default: a SLURM array's.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one a GPU, one on a CPU.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
+    json_lines: Annotated[bool, typer.Option("--json", help="Events, one JSON object a line on stdout.")] = False,
+    **flags: Any,
+) -> None:
+    """Make many videos; run again, or elsewhere too, to go on. Flags of generate count for items that do not say."""
+    refuse_unready_parallel(flags["dit_fsdp"], flags["t5_fsdp"], flags["ulysses_size"])
+    flags["prompt"] = flags["from_file"] = None
+    if seeds and (repeat > 1 or flags["seed"] is not None):
+        raise RequestError("--seeds goes with neither --seed nor --repeat", hint="give one of them")
+    from wan22 import batch as library
+    from wan22.gallery import write_gallery
+    from wan22.items import parse_seeds, read_items
+
+    source, base = Path(file), read_base(flags)
+    part, parts = library.parse_shard(shard)
+    items, bad = read_items(source, flags, base, read_checkpoint(flags, base, DEFAULT_TASK), parse_line,
+                            seeds=parse_seeds(seeds) if seeds else [], repeat=repeat)  # fmt: skip
+    jobs, bad = library.plan_jobs(items[part::parts], bad if part == 0 else [], flags, base)
+    folder = Path(output or f"{source.resolve().stem}-videos")
+    check_writable(folder / "video.mp4", if_exists="number", encoding=read_encoding(flags, base))
+    if dry_run:
+        print("\n".join([*(f"{folder / job.name}" for job in jobs)]))
+        print("\n".join(f"bad {one.where}: {one.error}" for one in bad), file=sys.stderr)
+        return
+    devices = library.count_workers(workers, read_placement(flags, base))
+    tell = library.json_lines if json_lines else library.console(len(jobs))
+    outcomes = library.Batch(jobs, folder, devices, flags, base, tell).run(bad)
+    page = write_gallery(folder)
+    if json_lines:
+        tell("finished", gallery=str(page), outcomes=[vars(outcome) for outcome in outcomes])
+    else:
+        print(library.table(outcomes), f"gallery: {page}", sep="\n", file=sys.stderr)
+        print("\n".join(str(folder / one.name) for one in outcomes if one.what in ("done", "there")))
+    raise typer.Exit(any(one.what in ("failed", "bad") for one in outcomes))
+
+
+def parse_line(words: list[str]) -> dict[str, Any]:
+    """The flags that an item of a batch gives, read as generate reads its own. Raises RequestError, UsageError."""
+    command = typer.main.get_command(app).commands["generate"]  # type: ignore[attr-defined]
+    context = command.make_context("generate", normalize(words)[0], help_option_names=[])
+    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
+    if wrong := sorted(given - set(OF_A_LINE)):
+        raise RequestError(f"--{wrong[0].replace('_', '-')} is for the whole batch")
+    return {name: context.params[name] for name in given}
+
+
+@app.command()
+def status(
+    folder: Annotated[str, typer.Argument(help="The folder of a batch.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what of a batch is done, running, failed and waiting, and the time left."""
+    from wan22 import journal
+
+    if not (Path(folder) / journal.NAME).is_file():
+        raise RequestError(f"{folder}: there was no batch here", hint="name the folder that a batch writes to")
+    found = journal.status(Path(folder))
+    print(json.dumps(found, ensure_ascii=False) if as_json else journal.as_text(found))
+
+
+@app.command()
+def sheet(
+    files: Annotated[list[str], typer.Argument(help="Videos, GIFs or folders of frames.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The picture to write.")] = "sheet.png",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a picture that exists.")] = False,
+) -> None:
+    """Make one picture of many videos, with their prompts and seeds."""
+    from wan22.gallery import write_sheet
+
+    print(write_sheet([Path(file) for file in files], Path(output), overwrite))
+
+
+@app.command()
+def gallery(folder: Annotated[str, typer.Argument(help="A folder of videos.")]) -> None:
+    """Write index.html over a folder: players, prompts, seeds, and the command that makes each again."""
+    from wan22.gallery import write_gallery
+
+    print(write_gallery(Path(folder)))
+
+
 # Whichever click typer brings along, this is its error for wrong usage.
 UsageError: type[Exception] = typer.BadParameter.mro()[2]
+
+
+STOPPED = {130: "interrupted", 143: "terminated"}
 
 
 def main(argv: list[str]) -> int:
@@ -303,14 +558,15 @@ def main(argv: list[str]) -> int:
     words, debug = normalize(argv)
     if not debug:
         warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell that put us behind it ignores it
+        signal.signal(signal.SIGINT, _stop)
     try:
         return app(args=words, prog_name="wan22", standalone_mode=False) or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except typer.Abort:
-        return 130
+    except SystemExit as error:
+        if error.code in STOPPED:
+            print("; ".join([STOPPED[error.code], *notes(error)]), file=sys.stderr)
+        raise
     except Exception as error:
         if debug:
             raise
@@ -325,17 +581,23 @@ def explain(error: Exception) -> int:
     elif isinstance(error, UsageError):
         message, hint, code = error.format_message(), "wan22 --help", 2  # type: ignore[attr-defined]
     elif type(error).__name__ == "OutOfMemoryError":
-        message, hint, code = "out of GPU memory", "a smaller --size, fewer --frames, or --offload expert", 1
+        message, hint, code = "out of GPU memory", "a smaller --size, fewer --frames, or --offload block", 1
     else:
         message, hint, code = f"{type(error).__name__}: {error}", "the whole story: --debug", 1
     print("error: " + " ".join(message.split()), file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+    for line in (hint, *notes(error)):
+        if line:
+            print(f"hint: {line}", file=sys.stderr)
     return code
 
 
-def _terminate(signum: int, frame: object) -> NoReturn:
-    raise SystemExit(143)
+def notes(error: BaseException) -> list[str]:
+    """What was said to an exception on its way here: what is kept of a run, and where."""
+    return getattr(error, "__notes__", [])
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)  # not KeyboardInterrupt, of which typer would keep the number alone
 
 
 def entry() -> NoReturn:

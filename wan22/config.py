@@ -1,4 +1,4 @@
-"""What to make, what may be approximated, where it runs: the three kinds of settings, never mixed. Standard library only.
+"""What to make, what may be approximated, where it runs: three kinds of settings, never mixed. Standard library only.
 
 | dataclass   | answers                  | may change the picture?                                     |
 |-------------|--------------------------|-------------------------------------------------------------|
@@ -83,6 +83,7 @@ DEFAULT_TASK = "t2v-A14B"
 _SPEC = MODEL_SPECS[DEFAULT_TASK]
 
 SOLVERS = ("unipc", "dpm++", "euler")
+EXPERT_SIDES = ("high", "low")  # noise; in the order of ModelSpec.experts
 SIZES = {"720p": (1280, 720), "480p": (832, 480)}
 SIDE_MULTIPLE = 16  # the VAE's 8 times the transformer's patch of 2
 MAX_SIDE = 1024 * SIDE_MULTIPLE  # the rotary table's 1024 positions an axis
@@ -119,11 +120,16 @@ class _Settings:
 
     @classmethod
     def from_dict(cls, table: dict[str, Any], where: str = "") -> Self:
-        """A table of exactly this dataclass's names; an unknown one is an error that names it. Raises RequestError."""
-        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        """A table of exactly this dataclass's names; an unknown or missing one is an error that names it. Raises
+        RequestError."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name in table:
-            if name not in known:
-                raise RequestError(f"{where or cls.__name__}: unknown key {name!r}", hint=f"known: {', '.join(sorted(known))}")
+            if name not in fields:
+                known = ", ".join(sorted(fields))
+                raise RequestError(f"{where or cls.__name__}: unknown key {name!r}", hint=f"known: {known}")
+        for name, field in fields.items():
+            if field.default is dataclasses.MISSING and name not in table:
+                raise RequestError(f"{where or cls.__name__}: misses {name!r}")
         return cls(**table)
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,8 +137,57 @@ class _Settings:
 
 
 @dataclass(frozen=True)
+class Lora(_Settings):
+    """An adapter to merge into the experts' weights.
+
+    file: as asked for, a path or a name to look for, of a file or of a folder with a pair; in a request that a
+    pipeline resolved, and so in a record, the file's bare name, with its `sha256` (hex). expert: `both`, `high` or
+    `low`. lead_strength: its strength during the lead steps; None: the same.
+    """
+
+    file: str
+    strength: float = 1.0
+    expert: str = "both"
+    lead_strength: float | None = None
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.file, str) or not self.file.strip():
+            raise RequestError("--lora: no file is named", hint="say FILE, or FILE:STRENGTH")
+        if self.expert not in ("both", *EXPERT_SIDES):
+            raise RequestError(f"--lora {self.file}: expert {self.expert!r} is none of both, high, low")
+        for strength in (self.strength, self.lead_strength):
+            if strength is not None:
+                _check_number(f"--lora {self.file}: strength", strength, float, -100, 100)
+        if self.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", str(self.sha256)):
+            raise RequestError(f"--lora {self.file}: {self.sha256!r} is not a SHA-256")
+
+    @classmethod
+    def parse(cls, text: str, expert: str = "both") -> Self:
+        """`FILE`, `FILE:STRENGTH` or `FILE:STRENGTH:LEAD_STRENGTH`; colons elsewhere (`C:\\x.safetensors`) are the
+        file's. Raises RequestError."""
+        number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+        match = re.fullmatch(rf"(.*?)(?::({number}))?(?::({number}))?", text, re.DOTALL)
+        assert match  # anything is a file
+        file, strength, lead = match.groups()
+        if wrong := re.search(r"\.safetensors:(.*)", file, re.IGNORECASE):
+            raise RequestError(f"--lora {text}: {wrong[1]!r} is not a strength", hint="say FILE:STRENGTH")
+        return cls(file, float(strength or 1), expert, None if lead is None else float(lead))
+
+    def __str__(self) -> str:
+        lead = "" if self.lead_strength is None else f", {self.lead_strength:g} in the lead steps"
+        noise = "both experts" if self.expert == "both" else f"{self.expert} noise"
+        return f"{self.file}, {noise}, strength {self.strength:g}{lead}"
+
+
+@dataclass(frozen=True)
 class Request(_Settings):
-    """What to make. Sizes in pixels, `num_frames` pixel frames at `fps` a second, `boundary` as a fraction of 1000."""
+    """What to make. Sizes in pixels, `num_frames` pixel frames at `fps` a second, `boundary` as a fraction of 1000.
+
+    lead_steps: that many of the `num_steps`, the first ones, run with `guidance_lead` and the adapters' own
+    `lead_strength`. They share the first step of the schedule that the rest follows, so the rest keeps the timesteps
+    of a run of `num_steps − lead_steps + 1` steps: those that a step-distilled adapter was trained on.
+    """
 
     prompt: str
     negative_prompt: str = _SPEC.negative_prompt
@@ -149,6 +204,10 @@ class Request(_Settings):
     boundary: float = _SPEC.boundary
     seed: int | None = None  # None: one is drawn, told and recorded
     noise_device: str = "cpu"
+    loras: tuple[Lora, ...] = ()  # merged in this order
+    lead_steps: int = 0
+    guidance_lead: float = _SPEC.guidance_high
+    original_prompt: str | None = None  # what was asked for, where `prompt` is an extension of it
 
     def __post_init__(self) -> None:
         if self.task not in MODEL_SPECS:
@@ -156,6 +215,8 @@ class Request(_Settings):
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(f"{name}: {getattr(self, name)!r} is not text")
+        if not isinstance(self.original_prompt, str | None):
+            raise RequestError(f"original_prompt: {self.original_prompt!r} is not text")
         if not self.prompt.strip():
             raise RequestError("--prompt: the prompt is empty", hint='say what to show: --prompt "a red ball rolls"')
         for name in ("width", "height"):
@@ -163,7 +224,8 @@ class Request(_Settings):
             _check_number(name, value, int, 1, MAX_SIDE)
             if value % SIDE_MULTIPLE:
                 near = _nearest(value, SIDE_MULTIPLE, 0, MAX_SIDE)
-                raise RequestError(f"--size: {name} {value} is not a multiple of {SIDE_MULTIPLE}", hint=f"nearest: {near}")
+                said = f"--size: {name} {value} is not a multiple of {SIDE_MULTIPLE}"
+                raise RequestError(said, hint=f"nearest: {near}")
         _check_number("--frames", self.num_frames, int, 1, MAX_FRAMES)
         stride = self.spec.temporal_stride
         if self.num_frames % stride != 1:
@@ -181,6 +243,22 @@ class Request(_Settings):
             _check_number("--seed", self.seed, int, 0, 2**63 - 1)
         if self.noise_device not in ("cpu", "cuda"):
             raise RequestError(f"--noise-device {self.noise_device}: neither cpu nor cuda")
+        if not isinstance(self.loras, tuple) or not all(isinstance(lora, Lora) for lora in self.loras):
+            raise RequestError(f"loras: {self.loras!r} is not a tuple of Lora")
+        _check_number("--lead-steps", self.lead_steps, int, 0, self.num_steps)
+        _check_number("--guidance-lead", self.guidance_lead, float, 0, 100)
+        for lora in self.loras:
+            if lora.lead_strength is not None and not self.lead_steps:
+                raise RequestError(f"--lora {lora.file}: a lead strength without lead steps", hint="add --lead-steps N")
+
+    @classmethod
+    def from_dict(cls, table: dict[str, Any], where: str = "") -> Self:
+        """As for every settings class; `loras` may be tables, as JSON and TOML have them."""
+        loras, where = table.get("loras", ()), where or cls.__name__
+        if not isinstance(loras, list | tuple) or not all(isinstance(lora, dict | Lora) for lora in loras):
+            raise RequestError(f"{where}: loras: {loras!r} is not a list of tables")
+        read = (lora if isinstance(lora, Lora) else Lora.from_dict(lora, f"{where}: loras") for lora in loras)
+        return super().from_dict({**table, "loras": tuple(read)}, where)
 
     @property
     def spec(self) -> ModelSpec:
@@ -203,23 +281,63 @@ class Request(_Settings):
         return []
 
 
+ATTENTIONS = ("auto", "torch", "cudnn", "flash", "efficient", "math", "fa3", "fa4", "sage")
+
+
 @dataclass(frozen=True)
 class Precision(_Settings):
     """What may be approximated; the default is the `exact` recipe.
 
     weights: `float32`, `bf16`, or `auto`: bf16 on a GPU, float32 on a CPU. The text encoder has the same dtype (as
     published); the VAE is float32. What `exact` keeps in float32 beside bf16 weights stands in model.py.
+    attention: a backend of attention.py; `auto`: the fastest exact one that is right on this machine. Each rounds in
+    its own way, so the one a video was made with is recorded. `sage` approximates; all others are exact.
     """
 
     weights: str = "auto"
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         if self.weights not in ("auto", "float32", "bf16"):
             raise RequestError(f"--dtype {self.weights}: unknown dtype", hint="known: auto, float32, bf16")
+        if self.attention not in ATTENTIONS:
+            raise RequestError(f"--attention {self.attention}: unknown", hint=f"known: {', '.join(ATTENTIONS)}")
 
     def resolve(self, device: str) -> "Precision":
-        """`auto` made definite for a device type (`cpu`, `cuda`)."""
-        return Precision("float32" if device == "cpu" else "bf16") if self.weights == "auto" else self
+        """`auto` made definite for a device type (`cpu`, `cuda`), as far as it can be without measuring there."""
+        weights = ("float32" if device == "cpu" else "bf16") if self.weights == "auto" else self.weights
+        attention = "torch" if self.attention == "auto" and device == "cpu" else self.attention
+        return dataclasses.replace(self, weights=weights, attention=attention)
+
+
+OFFLOADS = ("none", "expert", "block", "disk")  # from most to least memory
+GPU_RESERVE = 1 << 30  # bytes: the CUDA context, libraries' workspaces, the allocator's fragments; to be measured
+CHUNK_TOKENS = 8192  # of the feed-forward; a matrix product of this height fills any GPU
+
+
+@dataclass(frozen=True)
+class Residency:
+    """What of the experts is where: one of OFFLOADS, made definite (experts.py says what each keeps).
+
+    resident_blocks: of `block` and `disk`, those that stay on the device; host_experts: how many experts may lie in
+    pinned host memory.
+    """
+
+    kind: str
+    resident_blocks: int = 0
+    host_experts: int = 0
+
+
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_bytes(flag: str, text: str) -> int:
+    """`24GiB`, `24GB`, `24G` (as GiB: what cards are sold by), `25000MiB`, plain bytes → bytes. Raises RequestError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise RequestError(f"{flag} {text}: not an amount of memory", hint="say 24GiB, 24GB or 25000MiB")
+    base = 1000 if (match[3] or "").lower() == "b" else 1024
+    return int(float(match[1]) * base ** _POWERS[(match[2] or "").lower()])
 
 
 @dataclass(frozen=True)
@@ -227,20 +345,55 @@ class Placement(_Settings):
     """Where it runs. Never changes the picture, beyond float rounding.
 
     device: `auto`, `cpu`, `cuda`, `cuda:N`; offload: `none` keeps both experts on the device, `expert` only the one
-    at work, `auto` decides by free memory; text_encoder: `auto` (the device) or `cpu`.
+    at work, `block` streams its blocks from the host's memory and `disk` from the files, `auto` decides by free memory
+    (plan.py); gpu_memory_limit: bytes of GPU memory to make do with; text_encoder: `auto` (the device) or `cpu`;
+    lora_dir: a folder in which adapters are looked for by name before the usual places; save_every: seconds between
+    two savings of a run's state.
     """
 
     device: str = "auto"
     offload: str = "auto"
     text_encoder: str = "auto"
+    lora_dir: str | None = None
+    gpu_memory_limit: int | None = None
+    save_every: float = 30.0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise RequestError(f"--device {self.device}: not a device", hint="known: auto, cpu, cuda, cuda:N")
-        if self.offload not in ("auto", "none", "expert"):
-            raise RequestError(f"--offload {self.offload}: unknown", hint="known: auto, none, expert")
+        if self.offload not in ("auto", *OFFLOADS):
+            raise RequestError(f"--offload {self.offload}: unknown", hint=f"known: auto, {', '.join(OFFLOADS)}")
+        if self.gpu_memory_limit is not None:
+            _check_number("--gpu-memory-limit", self.gpu_memory_limit, int, 1, 2**60)
         if self.text_encoder not in ("auto", "cpu"):
             raise RequestError(f"text_encoder {self.text_encoder}: unknown", hint="known: auto, cpu")
+        if self.lora_dir is not None and not Path(self.lora_dir).is_dir():
+            raise RequestError(f"--lora-dir {self.lora_dir}: no such folder")
+        _check_number("--save-every", self.save_every, float, 0, 1e6)
+
+
+CODECS = ("libx264", "libx265")
+MAX_CRF = 51
+
+
+@dataclass(frozen=True)
+class Encoding(_Settings):
+    """How an mp4 is packed; the default is the published code's imageio `quality=8`: int((1 - 0.8) * 51) for libx264.
+
+    Beside the three and not of them: it comes after the picture, so it is no part of a `Request`, of a name's digest
+    or of what a resumed run must meet again; and it decides a file's bytes, so it is no `Placement` either, which the
+    record leaves out. The record inside an mp4 has it, for `--from` to make the same file.
+
+    crf: the constant rate factor, from 0 (lossless but for the 4:2:0 chroma) to 51; codec: of ffmpeg.
+    """
+
+    crf: int = 10
+    codec: str = CODECS[0]
+
+    def __post_init__(self) -> None:
+        _check_number("--crf", self.crf, int, 0, MAX_CRF)
+        if self.codec not in CODECS:
+            raise RequestError(f"--codec {self.codec}: unknown codec", hint=f"known: {', '.join(CODECS)}")
 
 
 @dataclass(frozen=True)
@@ -253,7 +406,6 @@ class Preset:
     request: dict[str, Any]
     precision: dict[str, Any]
     placement: dict[str, Any]
-    requires: str | None  # what it needs that this version lacks; asking for it is an error that says so
 
 
 def data_dir(name: str) -> Path:
@@ -280,7 +432,7 @@ def load_preset(name: str) -> Preset:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RequestError(f"{path}: not a preset: {error}") from None
-    known = {"description": str, "model": str, "requires": str, "request": dict, "precision": dict, "placement": dict}
+    known = {"description": str, "model": str, "request": dict, "precision": dict, "placement": dict}
     for key, value in table.items():
         if key not in known:
             raise RequestError(f"{path}: unknown key {key!r}", hint=f"known: {', '.join(known)}")
@@ -291,9 +443,7 @@ def load_preset(name: str) -> Preset:
         sections[section] = table.get(section, {})
         # A request is whole only with a prompt; anything else in it must stand on its own.
         kind.from_dict({"prompt": "x", **sections[section]} if kind is Request else sections[section], str(path))
-    return Preset(
-        path.stem, table.get("description", ""), table.get("model"), requires=table.get("requires"), **sections
-    )
+    return Preset(path.stem, table.get("description", ""), table.get("model"), **sections)
 
 
 def digest(*tables: dict[str, Any]) -> str:

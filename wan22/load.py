@@ -1,11 +1,18 @@
 """From a checkpoint's files to a model ready to run: every choice of a run, in order."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from wan22.attention import functions
 from wan22.checkpoint import Expert
+from wan22.chunks import chunk_feed_forward
+from wan22.lora import Merge, read_merged
 from wan22.model import WanTransformer
+from wan22.pack import pack, side_by_side
 from wan22.tensor_files import check_names
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -23,19 +30,43 @@ def empty_expert(expert: Expert, dtype: torch.dtype) -> WanTransformer:
     with torch.device("meta"):
         model = WanTransformer(config, dtype)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    check_names(str(expert.tensors.path.parent), expert.tensors.shapes, wanted)
+    check_names(str(expert.label), expert.tensors.shapes, wanted)
     return model
 
 
 # Asked for in the middle of a run, whose inference mode would make tensors that the reader's threads cannot fill.
 @torch.inference_mode(False)
-def load_expert(expert: Expert, dtype: torch.dtype, device: torch.device) -> WanTransformer:
-    """Build, then read every tensor once, cast on the way to the dtype that the model declares for it."""
+def load_expert(
+    expert: Expert, dtype: torch.dtype, device: torch.device, merges: Sequence[Merge] = ()
+) -> WanTransformer:
+    """Build, then read every tensor once, merge adapters, cast on the way to the dtype that the model declares."""
     model = empty_expert(expert, dtype)
-    state = {
-        name: torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        for name, parameter in model.state_dict().items()
-    }
-    expert.tensors.read(state)
+    wanted = model.state_dict()
+    state: dict[str, Tensor] = {}
+    for names in side_by_side(wanted):
+        parts = [wanted[name] for name in names]
+        rows = [len(part) for part in parts]
+        room = torch.empty(sum(rows), *parts[0].shape[1:], dtype=parts[0].dtype, device=device)
+        state.update(zip(names, room.split(rows), strict=True))
+    read_state(expert, state, merges)
+    return assemble(model, state)
+
+
+def read_state(expert: Expert, state: Mapping[str, Tensor], merges: Sequence[Merge] = ()) -> None:
+    """Fill a model's tensors by name, or some of them, from the expert's files, adapters merged."""
+    parts = [replace(merge, changes={name: merge.changes[name] for name in merge.changes.keys() & state.keys()})
+             for merge in merges]  # fmt: skip
+    read_merged(expert.tensors, state, parts)
+
+
+def assemble(model: WanTransformer, state: Mapping[str, Tensor], attention: str = "torch") -> WanTransformer:
+    """The model with these tensors for its own, wherever they lie (those of pack.py side by side) and whether or not
+    they are filled yet; its attention by the named backend."""
     model.load_state_dict(state, strict=True, assign=True)
+    pack(model)
+    for_self, for_cross = functions(attention)
+    block: Any
+    for block in model.blocks:
+        block.self_attn.attend, block.cross_attn.attend = for_self, for_cross
+    chunk_feed_forward(model)
     return model.requires_grad_(False).eval()

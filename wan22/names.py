@@ -4,9 +4,12 @@ Standard library only.
 """
 
 import errno
+import hashlib
+import itertools
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 _LONGEST_NAME = 255  # bytes of UTF-8 (ext4, APFS, XFS); NTFS counts UTF-16 units, of which a name never has more
@@ -44,13 +47,39 @@ def default_output(folder: str | Path, prompt: str, digest: str) -> Path:
 
 def next_free(path: str | Path) -> Path:
     """`path` if nothing has that name, else the first free one of `name-2.mp4`, `name-3.mp4` … Raises OSError."""
-    path = Path(path)
-    candidate, number = path, 1
-    while exists(candidate):
-        number += 1
+    return next(candidate for candidate in numbered(Path(path)) if not exists(candidate))
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """`name.mp4`, `name-2.mp4`, `name-3.mp4` … without end."""
+    yield path
+    for number in itertools.count(2):
         ending = f"-{number}{path.suffix}"
-        candidate = path.with_name(_cut(path.stem, _LONGEST_NAME - len(ending.encode())) + ending)
-    return candidate
+        yield path.with_name(_cut(path.stem, _LONGEST_NAME - len(ending.encode())) + ending)
+
+
+STATE = ".state.safetensors"  # of a run that is not finished, beside its output
+CLAIM = ".claim"  # of a process that makes an output, hidden beside it
+
+
+def beside(path: Path, suffix: str, hidden: bool = False) -> Path:
+    """The name of what belongs to an output and lies beside it: `NAME` of `NAME.mp4`, and a suffix."""
+    start = "." if hidden else ""
+    stem = path.stem if path.suffix else path.name
+    cut = _cut(stem, _LONGEST_NAME - len((start + suffix).encode()))
+    if cut != stem:  # two long names may differ in their ends only
+        cut = f"{_cut(cut, len(cut.encode()) - 9)}-{_digest(stem)}"
+    return path.with_name(start + cut + suffix)
+
+
+def staging_prefix(path: Path) -> str:
+    """What the hidden files and folders in which an output is made are called at their start: that output's alone."""
+    name = path.name if len(path.name) <= 40 else f"{path.name[:40]}-{_digest(path.name)}"
+    return f".{name}.partial-"
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
 def _cut(text: str, length: int) -> str:

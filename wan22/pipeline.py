@@ -1,6 +1,8 @@
 """A prompt becomes a video: the whole way in one screen."""
 
+import math
 import platform
+import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,15 +15,33 @@ import torch
 from torch import Tensor
 
 import wan22
-from wan22.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
-from wan22.config import DEFAULT_TASK, MODEL_SPECS, Placement, Precision, Request, RequestError, RunError, data_dir, load_preset
+from wan22.attention import Shape, choose
+from wan22.checkpoint import Checkpoint, Parts, find_checkpoint, hub_cache, open_checkpoint
+from wan22.config import (
+    DEFAULT_TASK,
+    MODEL_SPECS,
+    Encoding,
+    Placement,
+    Precision,
+    Request,
+    RequestError,
+    RunError,
+    data_dir,
+    digest,
+    load_preset,
+)
 from wan22.experts import Experts
 from wan22.load import DTYPES
+from wan22.lora import Adapters
+from wan22.memory import limit_gpu_memory
+from wan22.names import default_output
+from wan22.plan import Plan, Sizes, pick_tiles, require
 from wan22.report import Reporter
 from wan22.sampling import denoise, describe_split, draw_noise, plan_steps
-from wan22.state import latents_path, save_latents
-from wan22.text_encoder import TextEncoder, Tokenizer, check_text_encoder
+from wan22.state import RunState, begin_automatic, begin_given, read_state
+from wan22.text_encoder import Tokenizer, check_text_encoder, encode_all
 from wan22.vae import VideoVAE, check_vae, to_uint8
+from wan22.vae_sizes import Grid
 from wan22.video import IfExists, check_writable, open_output
 
 
@@ -45,17 +65,25 @@ class Pipeline:
     """An opened checkpoint and the settings to run it with; nothing is read before it is needed."""
 
     def __init__(
-        self, checkpoint: Checkpoint, precision: Precision = Precision(), placement: Placement = Placement()  # noqa: B008
+        self,
+        checkpoint: Checkpoint,
+        precision: Precision = Precision(),  # noqa: B008 (frozen)
+        placement: Placement = Placement(),  # noqa: B008
+        encoding: Encoding = Encoding(),  # noqa: B008
     ) -> None:
         """Checks every file's names and shapes; reads no weight. Raises RequestError."""
-        self.checkpoint, self.placement = checkpoint, placement
+        self.checkpoint, self.placement, self.encoding = checkpoint, placement, encoding
         self.device = _device(placement.device)
         self.precision = precision.resolve(self.device.type)
         self.dtype = DTYPES[self.precision.weights]
         check_text_encoder(checkpoint)
         check_vae(checkpoint)
-        self.experts = Experts(checkpoint, self.dtype, self.device, placement.offload)
+        self.adapters = find_adapters(checkpoint, placement)
+        self.experts = Experts(checkpoint, self.dtype, self.device, self.adapters)
+        self._attention_chosen = False
+        self.sizes = Sizes.of(checkpoint)
         self.identity = checkpoint.identity()
+        limit_gpu_memory(self.device, placement.gpu_memory_limit)
         self._contexts: dict[str, Tensor] = {}  # of prompts encoded before, on the CPU
 
     @classmethod
@@ -67,12 +95,15 @@ class Pipeline:
         dtype: str = "auto",
         precision: Precision | None = None,
         placement: Placement | None = None,
+        parts: Parts = Parts(),  # noqa: B008 (frozen)
     ) -> Self:
-        """model: a folder, `demo`, `owner/name` in the Hugging Face cache; nothing: the usual places.
+        """model: a folder, `demo`, `owner/name` in the Hugging Face cache; nothing: the usual places. parts: files or
+        folders, in any layout, for parts of it.
 
         `device` and `dtype` are short for `Placement(device=…)` and `Precision(weights=…)`. Raises RequestError.
         """
-        checkpoint = open_checkpoint(find_checkpoint(model))
+        where = find_checkpoint(model) if model or not parts.need_no_base else None
+        checkpoint = open_checkpoint(where, parts=parts)
         return cls(checkpoint, precision or Precision(dtype), placement or Placement(device))
 
     @property
@@ -82,6 +113,8 @@ class Pipeline:
     def request(self, prompt: str, **settings: Any) -> Request:
         """A request whose defaults are this model's own: the published recipe, or the demo's small videos."""
         defaults = load_preset("demo").request if self.is_demo else {}
+        if self.checkpoint.boundary is not None:
+            defaults = {"boundary": self.checkpoint.boundary, **defaults}
         return Request.from_dict({"prompt": prompt, **defaults, **settings})
 
     def generate(self, request: Request, reporter: Reporter | None = None) -> Result:
@@ -90,34 +123,73 @@ class Pipeline:
         request = self.resolve(request)
         latents = self.denoise(request, reporter)
         with reporter.phase("decode"):
-            video = np.concatenate(list(self.decode(latents)))
+            video = np.concatenate(list(self.decode(latents, reporter)))
         return Result(video, latents, request, self.record(request))
 
-    def generate_file(
-        self, request: Request, output: Path, if_exists: IfExists, keep_latents: bool, reporter: Reporter
-    ) -> Path:
-        """Make the video in a file, encoded while it is decoded; the latents are on disk before that starts, and stay
-        there where writing fails. Raises RequestError, RunError."""
-        latents = self.denoise(request, reporter)
-        kept, record = latents_path(output), self.record(request)
-        save_latents(kept, latents, record)
-        with reporter.phase("decode and write"):
-            try:
-                path = _write(output, request, record, self.decode(latents), if_exists)
-            except RunError as error:
-                error.hint = error.hint or f"the latents are kept: {kept}"
-                raise
-        if keep_latents:
-            kept.replace(latents_path(path))
+    def begin(
+        self, request: Request, output: Path | None = None, overwrite: bool = False, folder: Path = Path()
+    ) -> tuple[Request, RunState]:
+        """Claim a run's output and look for what is done of it already: the resolved request, and the state to run in.
+
+        Without `output` the name is made of the prompt and a digest of all that decides the picture, in `folder`; and
+        without a seed the unfinished run's is taken up again, where there is one. Raises Busy, RequestError.
+        """
+        drawn = request.seed is None
+        request = self.resolve(request)
+        record = self.record(request)
+        save_every = self.placement.save_every
+        settings: dict[str, Any] = {"any_seed": drawn, "steps": request.num_steps, "save_every": save_every}
+        if output:
+            state = begin_given(output, record, overwrite=overwrite, **settings)
         else:
-            kept.unlink()
-        return path
+            state = begin_automatic(self.name(request, folder), record, **settings)
+        return replace(request, seed=state.record["request"]["seed"]), state
+
+    def name(self, request: Request, folder: Path) -> Path:
+        """What the video of a resolved request is called where nobody says otherwise."""
+        decides = digest(request.to_dict(), self.precision.to_dict(), {"": self.identity})
+        return default_output(folder, request.original_prompt or request.prompt, decides)
+
+    def generate_file(
+        self, request: Request, state: RunState, if_exists: IfExists, keep_latents: bool, reporter: Reporter
+    ) -> Path:
+        """Make the video in a file, encoded while it is decoded, from wherever its state says. The caller leaves the
+        state by whatever is raised: RequestError, RunError."""
+        if not state.finished:
+            record = self.record(request)
+            latents = self.denoise(request, reporter, state)
+            state.finish(latents)
+            if state.trouble:
+                reporter.warn(f"the latents could not be kept: {state.trouble}")
+            with reporter.phase("decode and write"):
+                state.output = _write(state.output, request, record, self.decode(latents, reporter), if_exists)
+        state.close(keep_latents)
+        return state.output
 
     def resolve(self, request: Request) -> Request:
-        """The request with everything definite: a seed drawn where none was given. Raises RequestError."""
+        """The request with everything definite: a seed drawn where none was given, adapters found and checked by
+        their headers. Raises RequestError."""
         if request.noise_device == "cuda" and not torch.cuda.is_available():
             raise RequestError("--noise-device cuda: there is no GPU here")
-        return request if request.seed is not None else replace(request, seed=secrets.randbelow(2**32))
+        self.choose_attention(request)
+        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+        return replace(request, seed=seed, loras=self.adapters.resolve(request.loras))
+
+    def choose_attention(self, request: Request) -> None:
+        """Once, at the first request's shape: the backend that is asked for, if it is right on this device, or for
+        `auto` the fastest that is. `precision` says which from then on. Raises RequestError."""
+        if self._attention_chosen:
+            return
+        config = next(iter(self.checkpoint.experts.values())).transformer_config()
+        length = math.prod(n // step for n, step in zip(request.latent_shape[1:], config.patch_size, strict=True))
+        shape = Shape(length, config.num_heads, config.head_dim)
+        self.experts.attention = choose(self.precision.attention, shape, self.device, self.dtype)
+        self.precision = replace(self.precision, attention=self.experts.attention)
+        self._attention_chosen = True
+
+    def warnings(self, request: Request) -> list[str]:
+        """What is allowed and known to disappoint, of a resolved request."""
+        return [*self.checkpoint.warnings, *request.warnings(), *self.adapters.warnings(request.loras)]
 
     def record(self, request: Request) -> dict[str, Any]:
         """How a video was made, whole enough to make it again; nothing in it depends on time or place."""
@@ -125,56 +197,120 @@ class Pipeline:
         return {
             "request": request.to_dict(),
             "precision": self.precision.to_dict(),
-            "model": "demo" if self.is_demo else self.checkpoint.folder.resolve().name,
+            "model": "demo" if self.is_demo else self.checkpoint.name,
             "checkpoint": self.identity,
+            "encoding": self.encoding.to_dict(),
             "versions": {"wan22": wan22.__version__, "python": platform.python_version()}
             | {name: version(name) for name in libraries},
         }
 
-    def denoise(self, request: Request, reporter: Reporter) -> Tensor:
-        """Prompt and noise → latents [C, T, H/8, W/8] float32 on the CPU."""
-        steps = plan_steps(request)
+    def plan(self, request: Request) -> Plan:
+        """What the request needs of this machine, and how it is met. Raises DoesNotFit."""
+        return require(request, self.precision, self.placement, self.sizes, *self.experts.memory.rooms())
+
+    def denoise(self, request: Request, reporter: Reporter, state: RunState | None = None) -> Tensor:
+        """Prompt and noise, or a state that lies on the disk → latents [C, T, H/8, W/8] float32 on the CPU. Raises
+        DoesNotFit, RunError."""
+        self.choose_attention(request)
+        steps, begun = plan_steps(request), state.begun if state else None
+        if begun and begun.done == len(steps):
+            return begun.latents
+        plan = self.plan(request)
+        assert plan.chosen
+        self.experts.use(plan.ladder)
         with reporter.phase("encode the text"):
             guided = any(step.guidance != 1 for step in steps)
             prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
-            contexts = [context.to(self.device) for context in self.encode(prompts, reporter)]
+            contexts = [context.to(self.device) for context in self.encode(prompts, reporter, plan.chosen.text_encoder)]
         reporter.note(describe_split(steps, request.spec.experts))
         with reporter.phase("denoise"):
             noise = draw_noise(request, self.device)
-            reporter.begin_steps(len(steps))
+            reporter.begin_steps(len(steps), begun.done if begun else 0)
             try:
                 negative = contexts[1] if guided else None
                 latents = denoise(
                     request, self.experts, noise, contexts[0], negative,
                     on_step=lambda step: reporter.step(step.index, step.expert, step.timestep),
+                    begun=begun, keep=state.keep if state else lambda progress: None, warn=reporter.warn,
                 )  # fmt: skip
             finally:
                 reporter.end_steps()
+        reporter.stall = self.experts.stall
         if not self.experts.keep_both:
-            self.experts.release()
+            self.experts.release(host=False)
         if not latents.isfinite().all():
+            if state:
+                state.discard()
             raise RunError("the latents are not finite numbers", hint="check the files: wan22 download --check FOLDER")
         return latents.cpu()
 
-    def encode(self, prompts: list[str], reporter: Reporter) -> list[Tensor]:
-        """Prompts → contexts, each [M, text_dim], on the CPU. The encoder leaves the device again."""
+    def encode(self, prompts: list[str], reporter: Reporter, mode: str = "device") -> list[Tensor]:
+        """Prompts → contexts, each [M, text_dim], on the CPU. The encoder leaves the device again.
+
+        mode: the encoder on the `device`, in a `stream` to it, or on the `cpu`; where memory runs out, the next one.
+        Raises RunError.
+        """
         if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]:
             tokenizer = Tokenizer(self.checkpoint.tokenizer, MODEL_SPECS[DEFAULT_TASK].text_len)
-            device = self.device if self.placement.text_encoder == "auto" else torch.device("cpu")
-            encoder = TextEncoder(self.checkpoint, self.dtype, device)
+            ids = {}
             for prompt in missing:
-                ids, cut = tokenizer(prompt)
+                ids[prompt], cut = tokenizer(prompt)
                 if cut:
-                    reporter.warn(f"the prompt is longer than {tokenizer.max_tokens} tokens; the rest is cut: {prompt[:40]}…")
-                self._contexts[prompt] = encoder(ids).cpu()
+                    said = f"the prompt is longer than {tokenizer.max_tokens} tokens; the rest is cut: {prompt[:40]}…"
+                    reporter.warn(said)
+
+            def say(trouble: str) -> None:
+                self.experts.release()
+                reporter.warn(trouble)
+
+            self._contexts |= encode_all(self.checkpoint, self.dtype, self.device, ids, mode, say)
+            self.experts.memory.trim()
         return [self._contexts[prompt] for prompt in prompts]
 
-    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Latents → chunks of frames [F, H, W, 3] uint8, as they come."""
+    def decode(self, latents: Tensor, reporter: Reporter | None = None) -> Iterator[np.ndarray]:
+        """Latents → chunks of frames [F, H, W, 3] uint8, as they come. Raises RunError."""
+        reporter = reporter or Reporter()
+        tiles: Grid = (1, 1)
+        for beside in ("experts", "nothing"):
+            tiles = pick_tiles(latents.shape, self.sizes, self.experts.memory.free(self.placement.gpu_memory_limit))
+            if tiles != (1, 1) and beside == "experts":
+                self.experts.release()
         vae = VideoVAE(self.checkpoint, self.device)
-        for chunk in vae.decode(latents.to(self.device)):
+        for chunk in vae.decode(latents.to(self.device), tiles, reporter.warn):
             yield to_uint8(chunk)
 
+    def decode_file(self, file: Path, output: Path | None, overwrite: bool, reporter: Reporter) -> Path:
+        """Make the video of latents that were kept, with the record in them. Raises RequestError, RunError."""
+        saved = read_state(file)
+        if saved.done < saved.steps:
+            raise RequestError(f"{file}: {saved.done} of {saved.steps} steps are done",
+                               hint="the command that was broken off goes on from there")  # fmt: skip
+        if saved.record.get("checkpoint") != self.identity:
+            raise RequestError(f"{file}: was made with another checkpoint than {self.checkpoint.folder}",
+                               hint="name the one it was made with: --ckpt_dir FOLDER")  # fmt: skip
+        request, latents = Request.from_dict(saved.record["request"], str(file)), saved.progress().latents
+        if tuple(latents.shape) != request.latent_shape:
+            raise RequestError(f"{file}: its latents are {list(latents.shape)}, not what its record says")
+        stem = re.sub(r"\.(latents|state)\.safetensors$", "", file.name)
+        with reporter.phase("decode and write"):
+            policy: IfExists = "replace" if overwrite else "error" if output else "number"
+            chunks = self.decode(latents, reporter)
+            return _write(output or file.with_name(f"{stem}.mp4"), request, saved.record, chunks, policy)
+
+
+
+def video_name(folder: Path, request: Request, precision: Precision, identity: str) -> Path:
+    """A name made of the prompt and a digest of all that decides the picture; request and precision are resolved."""
+    decides = digest(request.to_dict(), precision.to_dict(), {"": identity})
+    return default_output(folder, request.original_prompt or request.prompt, decides)
+
+
+def find_adapters(checkpoint: Checkpoint, placement: Placement) -> Adapters:
+    """Where adapters are looked for: the folder asked for, then here, and in and beside the checkpoint's folder."""
+    shapes = next(iter(checkpoint.experts.values())).tensors.shapes
+    near = (Path(), checkpoint.folder, checkpoint.folder.parent)
+    places = dict.fromkeys(folder / name for folder in near for name in ("", "loras"))
+    return Adapters(shapes, [*map(Path, filter(None, [placement.lora_dir])), *places], hub_cache())
 
 
 def _device(name: str) -> torch.device:
@@ -190,8 +326,9 @@ def _write(
     path: str | Path, request: Request, record: dict[str, Any], chunks: Any, if_exists: IfExists
 ) -> Path:
     output = open_output(
-        path, width=request.width, height=request.height, fps=request.fps, record=record, if_exists=if_exists
-    )
+        path, width=request.width, height=request.height, fps=request.fps, record=record, if_exists=if_exists,
+        encoding=Encoding.from_dict(record.get("encoding", {})),
+    )  # fmt: skip
     with output:
         for chunk in chunks:
             output.write(chunk)

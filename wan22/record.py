@@ -1,8 +1,8 @@
 """The record inside a finished file: how it is stored, and found again with the standard library alone.
 
 It is the JSON text `{"wan22": record, "fps": fps}`, the same bytes in every kind of file: an mp4's `comment` tag, a
-GIF's comment extension, a PNG's iTXt chunk `Comment`, a folder's `record.json`. Files come from anywhere, so no length
-in one is believed unchecked.
+GIF's comment extension, a PNG's iTXt chunk `Comment`, a folder's `record.json`, a `.json` file itself (which may be the
+record alone, as `wan22 show` prints it). Files come from anywhere, so no length in one is believed unchecked.
 """
 
 import json
@@ -44,6 +44,8 @@ def read_document(path: str | Path) -> dict[str, Any]:
         document = json.loads(text or "")
     except (ValueError, RecursionError):
         document = None
+    if isinstance(document, dict) and isinstance(document.get("request"), dict):  # the record alone
+        document = {"wan22": document, "fps": document["request"].get("fps")}
     ours = isinstance(document, dict) and isinstance(document.get("wan22"), dict)
     if not ours or not isinstance(document.get("fps"), int | float):
         raise RequestError(f"{path}: there is no record of wan22 in it")
@@ -67,6 +69,8 @@ def stored_text(path: Path) -> str | None:
             data = _gif_comment(file)
         elif start[:8] == b"\x89PNG\r\n\x1a\n":
             data = _png_comment(file, size)
+        elif path.suffix.lower() == ".json":
+            data = _payload(file, 0, size)
         else:
             data = None
     return None if data is None else data.decode()

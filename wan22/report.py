@@ -24,6 +24,7 @@ class Reporter:
 
     def __init__(self) -> None:
         self.phases: list[Phase] = []
+        self.stall: float | None = None  # seconds that steps waited for an expert, but for the first
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -39,7 +40,8 @@ class Reporter:
     def warn(self, text: str) -> None:
         """Allowed, and known to disappoint."""
 
-    def begin_steps(self, count: int) -> None: ...
+    def begin_steps(self, count: int, done: int = 0) -> None:
+        """So many steps there are, of which so many were done before."""
 
     def step(self, index: int, expert: str, timestep: float) -> None:
         """The step of this number (from 0) is done."""
@@ -59,11 +61,11 @@ class ConsoleReporter(Reporter):
     def warn(self, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr)
 
-    def begin_steps(self, count: int) -> None:
+    def begin_steps(self, count: int, done: int = 0) -> None:
         from tqdm import tqdm
 
         self.bar = tqdm(
-            total=count, unit="step", dynamic_ncols=True, file=sys.stderr,
+            total=count, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr,
             desc="reading weights", bar_format="{desc} {n}/{total} |{bar}| {elapsed}, {remaining} left{postfix}",
         )  # fmt: skip
         self.last = time.perf_counter()
@@ -83,6 +85,8 @@ class ConsoleReporter(Reporter):
             memory = f"{phase.host_bytes / 2**30:6.2f} GiB host" if phase.host_bytes else ""
             memory += f"{phase.gpu_bytes / 2**30:7.2f} GiB GPU" if phase.gpu_bytes else ""
             print(f"  {phase.name:<16}{phase.seconds:8.1f} s  {memory}".rstrip(), file=sys.stderr)
+        if self.stall is not None:
+            print(f"  {'expert switch':<16}{self.stall:8.1f} s  waited, in denoise", file=sys.stderr)
         print(f"  {'all':<16}{sum(phase.seconds for phase in self.phases):8.1f} s", file=sys.stderr)
         print(path, flush=True)
 
@@ -100,7 +104,8 @@ class JsonReporter(Reporter):
         self._emit("step", step=index + 1, timestep=timestep, expert=expert)
 
     def finished(self, path: str) -> None:
-        self._emit("finished", path=path, phases=[vars(phase) for phase in self.phases])
+        self._emit("finished", path=path, phases=[vars(phase) for phase in self.phases],
+                   stall=self.stall)  # fmt: skip
 
     def _emit(self, event: str, **data: Any) -> None:
         print(json.dumps({"event": event, **data}, ensure_ascii=False), flush=True)
@@ -110,9 +115,8 @@ def _reset_peaks() -> None:
     # Writing 5 there resets the peak that /proc/self/status tells (Linux, proc(5)); elsewhere no host peak is told.
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
-    if torch := sys.modules.get("torch"):
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _host_peak() -> int | None:

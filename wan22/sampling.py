@@ -4,21 +4,29 @@ Legend: C T H W latents, S steps; timesteps run from 1000 (noise) to 0, sigma = 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wan22.config import Request
+from wan22.config import Lora, Request, RequestError, Residency, RunError
+from wan22.memory import OUT_OF_MEMORY
 from wan22.model import ContextKV, WanTransformer
+from wan22.state import Progress
 
 
 class Experts(Protocol):
     """Whatever hands out the two transformers by name."""
 
-    def get(self, name: str) -> WanTransformer: ...
+    def get(self, name: str, loras: Sequence[Lora]) -> WanTransformer: ...
+
+    def expect(self, name: str, loras: Sequence[Lora]) -> None:
+        """This one is next."""
+
+    def shrink(self) -> Residency | None:
+        """Make do with less memory from now on, if that is possible."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Step:
     timestep: float
     expert: str
     guidance: float
+    loras: tuple[Lora, ...]  # with their strengths at this step
 
 
 def make_solver(request: Request) -> Any:
@@ -40,7 +49,7 @@ def make_solver(request: Request) -> Any:
     """
     from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-    steps, train = request.num_steps, request.spec.num_train_timesteps
+    train = request.spec.num_train_timesteps
     solver: Any
     if request.solver == "euler":
         solver = FlowMatchEulerDiscreteScheduler(num_train_timesteps=train)
@@ -52,9 +61,11 @@ def make_solver(request: Request) -> Any:
         solver = DPMSolverMultistepScheduler(
             num_train_timesteps=train, prediction_type="flow_prediction", use_flow_sigmas=True
         )
-    solver.set_timesteps(steps)
+    solver.set_timesteps(request.num_steps)
     start = 1 - 1 / train if request.solver == "unipc" else 1.0
-    sigmas = np.linspace(start, 0, steps + 1)[:-1]
+    lead = max(request.lead_steps, 1)
+    grid = np.linspace(start, 0, request.num_steps - lead + 2)
+    sigmas = np.append(np.linspace(grid[0], grid[1], lead, endpoint=False), grid[1:-1])  # the lead shares a first step
     sigmas = request.shift * sigmas / (1 + (request.shift - 1) * sigmas)
     timesteps = torch.from_numpy(sigmas * train)
     solver.timesteps = timesteps.float() if request.solver == "euler" else timesteps.to(torch.int64)
@@ -62,14 +73,45 @@ def make_solver(request: Request) -> Any:
     return solver
 
 
+# What the three schedulers change in themselves while they step; a test compares this with what they do.
+SOLVER_MEMORY = ("model_outputs", "timestep_list", "last_sample", "lower_order_nums", "this_order", "_step_index")
+
+
+def remember(solver: Any) -> dict[str, Any]:
+    """A scheduler's memory: tensors, whole numbers, None, and lists of these. Nothing is copied but the lists, which
+    the schedulers shift in place; the tensors they replace."""
+    memory = {name: getattr(solver, name) for name in SOLVER_MEMORY if hasattr(solver, name)}
+    return {name: list(value) if isinstance(value, list) else value for name, value in memory.items()}
+
+
+def remind(solver: Any, memory: dict[str, Any], device: torch.device) -> None:
+    """Give a new scheduler another one's memory; latents go to `device`, timesteps (no dimensions) stay on the CPU."""
+
+    def place(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) and value.ndim else value
+
+    for name, value in memory.items():
+        setattr(solver, name, [place(item) for item in value] if isinstance(value, list) else place(value))
+
+
 def plan_steps(request: Request) -> list[Step]:
-    """Which expert works at which timestep: the high-noise one where the shifted timestep is at the boundary or above."""
+    """Which expert works at which timestep: the high-noise one where the shifted timestep is at the boundary or above.
+    Raises RequestError where lead steps would not be the high-noise expert's."""
     high, low = request.spec.experts
     boundary = request.boundary * request.spec.num_train_timesteps
-    return [
-        Step(index, float(t), *((high, request.guidance_high) if t >= boundary else (low, request.guidance_low)))
+    steps = [
+        Step(index, float(t), *((high, request.guidance_high) if t >= boundary else (low, request.guidance_low)),
+             request.loras)
         for index, t in enumerate(make_solver(request).timesteps)
-    ]
+    ]  # fmt: skip
+    if late := sum(step.expert != high for step in steps[: request.lead_steps]):
+        raise RequestError(f"--lead-steps {request.lead_steps}: {late} of them would be low noise",
+                           hint="more --steps, a higher --shift, or fewer lead steps")  # fmt: skip
+    loras = tuple(
+        lora if lora.lead_strength is None else replace(lora, strength=lora.lead_strength) for lora in request.loras
+    )
+    lead = [replace(step, guidance=request.guidance_lead, loras=loras) for step in steps[: request.lead_steps]]
+    return lead + steps[request.lead_steps :]
 
 
 def describe_split(steps: Sequence[Step], experts: tuple[str, str]) -> str:
@@ -114,25 +156,54 @@ def denoise(
     context: Tensor,
     negative_context: Tensor | None,
     on_step: Callable[[Step], None] = lambda step: None,
+    begun: Progress | None = None,
+    keep: Callable[[Progress], None] = lambda progress: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Tensor:
     """Integrate from noise to latents, [C, T, H, W] float32 both.
 
     context, negative_context: [M, text_dim], unpadded; the negative one may be None where no step's guidance needs it.
-    `on_step` is called after each step. An expert is asked for at its first step, its prompt keys and values are made
-    then, once; the other's are dropped.
+    `on_step` is called after each step. An expert is asked for at its first step and where its adapters or the need
+    for guidance change; its prompt keys and values are made then, once; the others' are dropped. `begun` goes on from
+    there instead of the noise; `keep` is given what it takes to do so, after each step. Where memory runs out, the step
+    is taken again with the experts' next smaller residency, which `warn` is told. Raises RunError where there is none.
     """
-    solver, latents, working = make_solver(request), noise, ""
+    solver, latents = make_solver(request), noise
+    if begun:
+        latents = begun.latents.to(noise.device)
+        remind(solver, begun.solver, noise.device)
+    working: tuple[Any, ...] = ()
     model: Any = None
-    prompt: ContextKV | None = None
+    prompt: Any = None
     negative: ContextKV | None = None
-    for step in plan_steps(request):
-        if step.expert != working:
-            model = prompt = negative = None  # let go first: there may be no room for two
-            model, working = experts.get(step.expert), step.expert
-            prompt = model.embed_context(context[None])
-            if step.guidance != 1 and negative_context is not None:
-                negative = model.embed_context(negative_context[None])
-        velocity = guided_velocity(model, latents, step, prompt, negative)
-        latents = solver.step(velocity[None], solver.timesteps[step.index], latents[None], return_dict=False)[0][0]
+    todo = plan_steps(request)[begun.done if begun else 0 :]
+    while todo:
+        step, before, trouble = todo[0], remember(solver), ""
+        velocity: Any = None
+        try:
+            if (step.expert, step.loras, step.guidance != 1) != working:
+                model = prompt = negative = None  # let go first: there may be no room for two
+                model = experts.get(step.expert, step.loras)
+                working = (step.expert, step.loras, step.guidance != 1)
+                prompt = model.embed_context(context[None])
+                if step.guidance != 1 and negative_context is not None:
+                    negative = model.embed_context(negative_context[None])
+                if after := next((at for at in todo if (at.expert, at.loras) != (step.expert, step.loras)), None):
+                    experts.expect(after.expert, after.loras)
+            velocity = guided_velocity(model, latents, step, prompt, negative)
+            latents = solver.step(velocity[None], solver.timesteps[step.index], latents[None], return_dict=False)[0][0]
+        except OUT_OF_MEMORY as error:
+            trouble = str(error).partition(". ")[0] or "no more is known"
+        if trouble:  # not inside `except`: the error holds on to all that was at work
+            model = prompt = negative = velocity = None
+            working = ()
+            remind(solver, before, noise.device)
+            if not (smaller := experts.shrink()):
+                raise RunError(f"out of memory in step {step.index + 1}, with the smallest placement: {trouble}",
+                               hint="a smaller --size or fewer --frames")  # fmt: skip
+            warn(f"out of memory in step {step.index + 1}: going on from there with --offload {smaller.kind}")
+            continue
+        todo = todo[1:]
+        keep(Progress(step.index + 1, latents, remember(solver)))
         on_step(step)
     return latents

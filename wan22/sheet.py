@@ -1,9 +1,12 @@
-"""Pictures laid out in a grid: the frame sheet of a video. `F` pixel frames, `H W` pixels."""
+"""Pictures laid out in a grid: the frame sheet of a video, the contact sheet of several.
+
+Legend: `F` pixel frames, `H W` pixels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,3 +50,67 @@ def grid(pictures: Sequence[Image.Image], *, columns: int, gap: int = 4) -> Imag
         row, column = divmod(index, columns)
         sheet.paste(picture, (gap + column * width, gap + row * height))
     return sheet
+
+
+def contact_sheet(
+    videos: Sequence[tuple[np.ndarray, str]], *, frames_each: int = 3, frame_width: int = 240, text_size: int = 14
+) -> Image.Image:
+    """Several videos as one picture: of each its first, middle and last frame in a row, and its caption below.
+
+    videos: (uint8 [F, H, W, 3], text), at least one. Widths and sizes in pixels.
+    """
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    font, cards = _font(text_size), []
+    for frames, caption in videos:
+        picked = np.linspace(0, len(frames) - 1, frames_each).round().astype(int)
+        height = max(1, round(frames.shape[1] * frame_width / frames.shape[2]))
+        tiles = [
+            Image.fromarray(frames[index]).resize((frame_width, height), Image.Resampling.LANCZOS) for index in picked
+        ]
+        strip = grid(tiles, columns=frames_each, gap=2)
+        lines = _wrapped(caption, font, strip.width - 8)
+        line_height = round(text_size * 1.4)
+        card = Image.new("RGB", (strip.width, strip.height + len(lines) * line_height + 6), (32, 32, 32))
+        card.paste(strip, (0, 0))
+        draw = ImageDraw.Draw(card)
+        for number, line in enumerate(lines):
+            draw.text((4, strip.height + number * line_height), line, font=font, fill=(235, 235, 235))
+        cards.append(card)
+    return grid(cards, columns=1 if len(cards) < 3 else 2 if len(cards) < 13 else 3, gap=8)
+
+
+def _wrapped(text: str, font: Any, width: int, most: int = 4) -> list[str]:
+    """Lines that fit `width` pixels; the last of `most` ends in … where there was more. Breaks between any two letters
+    where there is no space, as Chinese is set."""
+    lines: list[str] = []
+    for paragraph in text.splitlines()[-1:-3:-1]:  # the seed's line never falls to a long prompt
+        kept: list[str] = []
+        while paragraph:
+            end = len(paragraph)
+            while end > 1 and font.getlength(paragraph[:end]) > width:
+                end = min(end - 1, int(end * 0.9) + 1)
+            space = paragraph.rfind(" ", 0, end)
+            if end < len(paragraph) and space > end // 2:
+                end = space
+            kept.append(paragraph[:end].strip())
+            paragraph = paragraph[end:].strip()
+        if len(kept) > most - len(lines):
+            kept = kept[: most - len(lines)]
+            kept[-1] = f"{kept[-1][:-2]}…"
+        lines = kept + lines
+    return lines
+
+
+def _font(size: int) -> Any:
+    """A font with many scripts where the system has one; Pillow's own knows Latin letters alone."""
+    from PIL import ImageFont
+
+    for name in ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc", "msyh.ttc",
+                 "PingFang.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf"):  # fmt: skip
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)

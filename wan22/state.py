@@ -1,43 +1,410 @@
-"""A run's state on disk: its latents, saved whole before decoding starts."""
+"""A run's state on disk: what it takes to go on after a kill, beside the output until that is whole.
 
+`NAME.state.safetensors` beside `NAME.mp4` holds the latents, the solver's memory, how many steps are done, and the
+record of the run, which whoever goes on must match. After the last step it holds the latents alone. It is written by a
+thread of its own, under another name first, and through to the disk before it takes the place of the last one.
+
+A run holds a claim (claim.py) on its output's name, so that two processes never make the same file.
+"""
+
+import contextlib
+import errno
 import json
 import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from wan22.config import RequestError, RunError
+from wan22 import claim
+from wan22.config import RequestError
+from wan22.names import CLAIM, STATE, beside, exists, numbered, staging_prefix, sync, sync_entry
+from wan22.record import read_record
 from wan22.tensor_files import read_header
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+OVERWRITE = "--overwrite begins anew; or name another --output"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run after `done` of its steps: all that the rest depends on, beside request and weights.
+
+    latents: [C, T, H, W] float32; solver: what a diffusers scheduler remembers from step to step, by attribute:
+    tensors, whole numbers, None, and lists of these.
+    """
+
+    done: int
+    latents: "Tensor"
+    solver: dict[str, Any]
+
+
+class Busy(RequestError):
+    """Another process is at work on this output."""
+
+
+def state_path(output: Path) -> Path:
+    return beside(output, STATE)
 
 
 def latents_path(output: Path) -> Path:
-    """Where the latents of an output lie: `NAME.latents.safetensors` beside it."""
-    return output.with_name(f"{output.stem if output.suffix else output.name}.latents.safetensors")
+    """Where the latents of an output are kept: `NAME.latents.safetensors` beside it."""
+    return beside(output, ".latents.safetensors")
 
 
-def save_latents(path: Path, latents: "Tensor", record: dict[str, Any]) -> None:
-    """Write latents [C, T, H, W] float32 and the record, renamed when whole. Raises RunError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+# --- reading ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Saved:
+    """A state on disk, by its header. steps: of the whole run; automatic: whether the program chose the name."""
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path: Path
+    record: dict[str, Any]
+    done: int
+    steps: int
+    automatic: bool
+    solver: dict[str, Any]  # a text is the name of a tensor in the file
+
+    def progress(self) -> Progress:
+        """Its tensors, on the CPU. Raises RequestError."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = {name: tensor.clone() for name, tensor in load_file(self.path).items()}  # not the file's memory
+        except (OSError, SafetensorError) as error:
+            raise RequestError(f"{self.path}: cannot be read: {error}", hint=OVERWRITE) from None
+
+        def fill(value: Any) -> Any:
+            return tensors[value] if isinstance(value, str) else value
+
+        solver = {
+            name: [fill(item) for item in value] if isinstance(value, list) else fill(value)
+            for name, value in self.solver.items()
+        }
+        return Progress(self.done, tensors["latents"], solver)
+
+
+def read_state(path: Path) -> Saved:
+    """Raises RequestError where it is not a whole state that wan22 wrote."""
+    entries, header = read_header(path)
     try:
-        save_file({"latents": latents.contiguous()}, partial, metadata={"wan22": json.dumps(record)})
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise RunError(f"{path}: the latents could not be written: {error}") from None
+        metadata = json.loads(header)["__metadata__"]
+        state = json.loads(metadata["state"])
+        saved = Saved(path, json.loads(metadata["wan22"]), int(state["done"]), int(state["steps"]),
+                      bool(state["automatic"]), dict(state["solver"]))  # fmt: skip
+        named = {item for value in saved.solver.values() for item in (value if isinstance(value, list) else [value])}
+        whole = {item for item in named if isinstance(item, str)} | {"latents"} == set(entries)
+        if not isinstance(saved.record["request"], dict) or not whole:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise RequestError(f"{path}: not the state of a run of wan22", hint=OVERWRITE) from None
+    return saved
 
 
 def read_latents_record(path: Path) -> dict[str, Any]:
-    """The record inside a file of latents, without reading them. Raises RequestError."""
+    """The record inside a file of latents or a run's state, without reading its tensors. Raises RequestError."""
     entries, header = read_header(path)
     try:
         record = json.loads(json.loads(header)["__metadata__"]["wan22"])
     except (ValueError, KeyError, TypeError, RecursionError):
         record = None
-    if not isinstance(record, dict) or list(entries) != ["latents"] or entries["latents"].dtype != "F32":
+    if not isinstance(record, dict) or "latents" not in entries or entries["latents"].dtype != "F32":
         raise RequestError(f"{path}: not latents that wan22 wrote")
     return record
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any], any_seed: bool) -> list[str]:
+    """In which settings two records differ, in words: all that decides the picture's bits, the name of the checkpoint's
+    folder left out. any_seed: a seed that was drawn for `ours` does not count."""
+    ours = json.loads(json.dumps(ours))  # tuples are lists there too
+    found = []
+    for part in ("request", "precision", "versions"):
+        there, here = theirs.get(part) or {}, ours[part]
+        for name in dict.fromkeys([*here, *there]):
+            if there.get(name) != here.get(name) and not (part == "request" and name == "seed" and any_seed):
+                found.append(f"{name} is {_short(there.get(name))} there and {_short(here.get(name))} here")
+    if theirs.get("checkpoint") != ours["checkpoint"]:
+        found.append("the checkpoint is another")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def is_finished(output: Path) -> bool:
+    """Whether an output that has a state beside it is nevertheless whole: the kill came just before the state went."""
+    try:
+        return exists(state_path(output)) and read_record(output) == read_state(state_path(output)).record
+    except (RequestError, OSError):
+        return False
+
+
+def unfinished(folder: Path, record: dict[str, Any], any_seed: bool) -> list[Saved]:
+    """Runs in a folder that this record would go on with, under names that the program chose; the furthest first."""
+    found = []
+    for path in folder.glob(f"*{STATE}"):
+        with contextlib.suppress(RequestError, OSError):
+            saved = read_state(path)
+            if saved.automatic and not differences(saved.record, record, any_seed):
+                found.append(saved)
+    return sorted(found, key=lambda saved: (-saved.done, saved.path.name))
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+class RunState:
+    """One run, its output's name claimed: `with` it, `keep` each step, `finish` the steps, `close` when all is done.
+
+    Left by an exception it writes what is done since the last saving, and says so in a note on that exception.
+    """
+
+    def __init__(
+        self, output: Path, record: dict[str, Any], held: claim.Claim, *, steps: int, save_every: float, automatic: bool
+    ) -> None:
+        self.output, self.record, self.steps = output, record, steps
+        self.path = state_path(output)
+        self.begun: Progress | None = None
+        self.finished = False  # the output is whole already
+        self.saved = 0  # steps on disk
+        self.trouble: str | None = None  # why the last saving failed
+        self._claim, self._save_every, self._automatic = held, save_every, automatic
+        self._latest: Progress | None = None
+        self._last = time.monotonic()
+        self._writer: threading.Thread | None = None
+
+    def keep(self, progress: Progress) -> None:
+        """A step is done. Every `save_every` seconds this starts a saving, which waits for nothing and is not waited
+        for."""
+        self._latest = progress
+        due = time.monotonic() - self._last >= self._save_every
+        if due and not (self._writer and self._writer.is_alive()):
+            self._last = time.monotonic()
+            self._writer = threading.Thread(target=self._save, args=(progress, _ready(progress)), daemon=True)
+            self._writer.start()
+
+    def finish(self, latents: "Tensor") -> None:
+        """The last step is done: the latents alone, on the disk when this returns unless `trouble` says why not."""
+        if not (self.begun and self.begun.done == self.steps):
+            self._latest = Progress(self.steps, latents, {})
+            self._save_now()
+
+    def close(self, keep_latents: bool = False) -> None:
+        """The output is whole: no state is left, but for the latents where they are asked for."""
+        if keep_latents and exists(self.path):
+            os.replace(self.path, latents_path(self.output))
+        self.discard()
+        self._latest, self.finished = None, True
+
+    def discard(self) -> None:
+        """Nothing that was done shall be gone on with."""
+        if self._writer:
+            self._writer.join()
+        self._latest = None
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            if error is not None and not self.finished:
+                self._save_now()
+                if self.trouble:
+                    error.add_note(f"the last steps could not be kept: {self.trouble}")
+                if self.saved:
+                    error.add_note(f"kept in {self.path}: step {self.saved} of {self.steps}; the same command goes on")
+        finally:
+            self._claim.release()
+
+    def _save_now(self) -> None:
+        if self._writer:
+            self._writer.join()
+        if self._latest and self._latest.done > self.saved:
+            self._save(self._latest, None)
+
+    def _save(self, progress: Progress, ready: Any) -> None:
+        try:
+            latents, named = _named_tensors(progress)
+            metadata = {
+                "wan22": json.dumps(self.record),
+                "state": json.dumps({"done": progress.done, "steps": self.steps, "automatic": self._automatic,
+                                     "solver": named}),
+            }  # fmt: skip
+            partial = self.path.with_name(staging_prefix(self.output) + "state")
+            _write(partial, _on_cpu(latents, ready), metadata)
+            os.replace(partial, self.path)
+            sync_entry(self.path)
+            self.saved, self.trouble = progress.done, None
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+            self.trouble = "the disk is full" if full else error.strerror or str(error)
+        except RuntimeError as error:  # a GPU that is no more
+            self.trouble = str(error).partition("\n")[0]
+        if self.trouble:
+            with contextlib.suppress(OSError):
+                self.path.with_name(staging_prefix(self.output) + "state").unlink(missing_ok=True)
+
+
+def begin_given(output: Path, record: dict[str, Any], *, any_seed: bool, overwrite: bool, **settings: Any) -> RunState:
+    """A run whose output has the name that was asked for; it goes on where its state says so.
+
+    Raises Busy, and RequestError where the state is another request's and `overwrite` is not set.
+    """
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if (held := claim.take(claim_path(output))) is None:
+        who = claim.holder(claim_path(output)) or "another process"
+        raise Busy(f"{output}: {who} is at work on it", hint="wait for it, or name another --output")
+    try:
+        run = RunState(output, record, held, automatic=False, **settings)
+        _clear_staging(output)
+        if exists(run.path):
+            try:
+                saved = read_state(run.path)
+                if found := differences(saved.record, record, any_seed):
+                    raise RequestError(
+                        f"{run.path}: belongs to another run: {'; '.join(found)}",
+                        hint=OVERWRITE)  # fmt: skip
+                _go_on(run, saved)
+            except RequestError:
+                if not overwrite:
+                    raise
+                run.path.unlink()
+    except BaseException:
+        held.release()
+        raise
+    return run
+
+
+def begin_automatic(
+    name: Path, record: dict[str, Any], *, any_seed: bool, **settings: Any
+) -> RunState:
+    """A run that may be called `name`: an unfinished one beside it that matches, or a new one with the first free
+    number."""
+    folder = name.parent
+    _sweep(folder)
+    for saved in unfinished(folder, record, any_seed):
+        output = folder / (saved.path.name.removesuffix(STATE) + ".mp4")
+        if held := claim.take(claim_path(output)):
+            run = RunState(output, record, held, automatic=True, **settings)
+            try:
+                _go_on(run, read_state(run.path))
+            except (RequestError, OSError):  # finished, and gone, since we looked
+                held.release()
+                continue
+            _clear_staging(output)
+            return run
+    for output in numbered(name):
+        if exists(output) or exists(state_path(output)) or not (held := claim.take(claim_path(output))):
+            continue
+        if not exists(output):
+            _clear_staging(output)
+            return RunState(output, record, held, automatic=True, **settings)
+        held.release()  # finished since we looked
+    raise AssertionError
+
+
+def claim_path(output: Path) -> Path:
+    return beside(output, CLAIM, hidden=True)
+
+
+def _go_on(run: RunState, saved: Saved) -> None:
+    run.record, run.finished = saved.record, is_finished(run.output)
+    run.begun = saved.progress()
+    run.saved = saved.done
+
+
+def _clear_staging(output: Path) -> None:
+    """What a killed process was making `output` in. Only for who holds its claim."""
+    prefix = staging_prefix(output)
+    for left in [path for path in output.absolute().parent.iterdir() if path.name.startswith(prefix)]:
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Clear up after killed processes whose runs nobody may ever go on with: their seed was drawn, and is lost."""
+    for path in folder.glob(f".*{CLAIM}"):
+        output = folder / (path.name[1:].removesuffix(CLAIM) + ".mp4")
+        with contextlib.suppress(OSError):
+            if claim.holder(path) is None and (held := claim.take(path)):
+                _clear_staging(output)
+                held.release()
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+def _named_tensors(progress: Progress) -> "tuple[dict[str, Tensor], dict[str, Any]]":
+    """All tensors by name, and the solver's memory with these names in their places."""
+    tensors = {"latents": progress.latents}
+
+    def name_it(name: str, value: Any) -> Any:
+        if value is None or isinstance(value, int):
+            return value
+        tensors[name] = value
+        return name
+
+    named = {
+        name: [name_it(f"{name}.{index}", item) for index, item in enumerate(value)]
+        if isinstance(value, list) else name_it(name, value)
+        for name, value in progress.solver.items()
+    }  # fmt: skip
+    return tensors, named
+
+
+def _ready(progress: Progress) -> Any:
+    """On a GPU, the moment at which the latents will have been computed: the thread waits for it, the run does not."""
+    if progress.latents.device.type != "cuda":
+        return None
+    import torch
+
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(progress.latents.device))
+    return event
+
+
+def _on_cpu(tensors: "dict[str, Tensor]", ready: Any) -> "Iterator[tuple[str, torch.Tensor]]":
+    """The tensors, contiguous, one after another; on a stream of their own where the run must not be waited for."""
+    import torch
+
+    device = tensors["latents"].device
+    for name, tensor in tensors.items():
+        if ready is None or tensor.device.type == "cpu":
+            yield name, tensor.detach().cpu().contiguous()
+            continue
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            copy = tensor.to("cpu")
+        yield name, copy.contiguous()
+
+
+def _write(path: Path, tensors: "Iterator[tuple[str, torch.Tensor]]", metadata: dict[str, str]) -> None:
+    """A safetensors file, through to the disk. Raises OSError.
+
+    Not the library's writer: that copies every tensor once more and holds the interpreter's lock while it writes, for
+    which the run would wait.
+    """
+    import torch
+
+    kinds = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64"}
+    whole = list(tensors)
+    table: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in whole:
+        start, end = end, end + tensor.nbytes
+        table[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in whole:
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    sync(path)

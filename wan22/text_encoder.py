@@ -5,14 +5,17 @@ Legend: M text tokens (with the end token, no padding), E the encoder's width.
 
 import html
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from wan22.checkpoint import Checkpoint, text_encoder_name
-from wan22.config import RequestError
+from wan22.checkpoint import Checkpoint
+from wan22.config import RequestError, RunError
+from wan22.memory import OUT_OF_MEMORY
 from wan22.tensor_files import check_names
+from wan22.tensor_names import text_encoder_name
 
 
 def clean(prompt: str) -> str:
@@ -36,34 +39,66 @@ class Tokenizer:
         ids = self.tokenizer(clean(prompt), add_special_tokens=True, verbose=False)["input_ids"]
         end = self.tokenizer.eos_token_id
         cut = len(ids) > self.max_tokens
-        return (ids[: self.max_tokens - 1] + [end] if cut else ids), cut
+        return ([*ids[: self.max_tokens - 1], end] if cut else ids), cut
 
 
 class TextEncoder:
     """UMT5's encoder. One prompt at a time and without padding: a context depends on its prompt alone, bit for bit."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-        """Reads the weights, each cast to `dtype`. Raises RequestError for foreign files."""
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, streamed: bool = False
+    ) -> None:
+        """Reads the weights, each cast to `dtype`. streamed: they stay in the host's memory, and each layer's come to
+        the device for its turn. Raises RequestError for foreign files."""
         from transformers import UMT5EncoderModel
 
         self.device = device
+        lies_on = torch.device("cpu") if streamed else device
         with torch.device("meta"):
             # Eager attention is bit-equal to the published one. Built on meta: no initialization to throw away.
             model = UMT5EncoderModel._from_config(_config(checkpoint), attn_implementation="eager")
         names = {published: text_encoder_name(published) for published in checkpoint.text_encoder.shapes}
         meta = model.state_dict()
-        state = {name: torch.empty(meta[name].shape, dtype=dtype, device=device) for name in names.values()}
+        state = {name: torch.empty(meta[name].shape, dtype=dtype, device=lies_on) for name in names.values()}
         checkpoint.text_encoder.read({published: state[name] for published, name in names.items()})
         # Its one alias is spelled out, so that a transformers that unties it cannot leave it uninitialized.
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
         model.load_state_dict(state, strict=True, assign=True)
         self.model = model.requires_grad_(False).eval()
+        if streamed:
+            from accelerate import cpu_offload
+
+            cpu_offload(self.model, device)
 
     @torch.inference_mode()
     def __call__(self, ids: list[int]) -> Tensor:
         """Token ids → context [M, E] in the encoder's dtype. The model pads it with zero rows to 512, as published."""
         tokens = torch.tensor([ids], device=self.device)
         return self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state[0]
+
+
+MODES = {"device": "on the device", "stream": "layer by layer", "cpu": "on the CPU"}  # from most to least memory there
+
+
+def encode_all(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, ids: Mapping[str, list[int]], mode: str,
+    say: Callable[[str], None],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Token ids by prompt → contexts on the CPU, by an encoder that is gone afterwards. mode: one of MODES; where
+    memory runs out the next one, which `say` is told. Raises RunError where there is none."""
+    modes = list(MODES)[list(MODES).index(mode) :]
+    while True:
+        try:
+            on = torch.device("cpu") if modes[0] == "cpu" else device
+            encoder = TextEncoder(checkpoint, dtype, on, modes[0] == "stream")
+            return {prompt: encoder(tokens).cpu() for prompt, tokens in ids.items()}
+        except OUT_OF_MEMORY as error:
+            trouble = f"out of memory while encoding the text: {str(error).partition('. ')[0]}"
+        encoder = None  # type: ignore[assignment]
+        if not modes[1:]:
+            raise RunError(trouble, hint="see what it needs: wan22 plan")
+        modes = modes[1:]
+        say(f"{trouble}; going on {MODES[modes[0]]}")
 
 
 def check_text_encoder(checkpoint: Checkpoint) -> None:
@@ -97,5 +132,5 @@ def _config(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # transfor
     layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
     return UMT5Config(
         vocab_size=vocab, d_model=width, d_kv=inner // heads, d_ff=hidden, num_layers=layers, num_heads=heads,
-        relative_attention_num_buckets=buckets, dropout_rate=0.0, tie_word_embeddings=True,
+        relative_attention_num_buckets=buckets, dropout_rate=0.0, tie_word_embeddings=True,  # type: ignore[call-arg]
     )  # fmt: skip

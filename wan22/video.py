@@ -4,7 +4,7 @@
 
 | output             | frames                          | record                           |
 |--------------------|---------------------------------|----------------------------------|
-| `NAME.mp4`         | H.264, encoded as chunks come   | the container's `comment` tag    |
+| `NAME.mp4`         | H.264 or HEVC, as chunks come   | the container's `comment` tag    |
 | `NAME.gif`         | one palette for the whole video | a comment extension              |
 | `NAME.png`         | a sheet of them (sheet.py)      | an iTXt chunk, keyword `Comment` |
 | `NAME/`, no suffix | `00000.png`, `00001.png` …      | `record.json`                    |
@@ -25,25 +25,35 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
-from .config import RequestError, RunError
-from .names import exists, is_empty_folder, move_to_free, next_free, sync, sync_entry
+from .config import Encoding, RequestError, RunError
+from .names import beside, exists, is_empty_folder, move_to_free, next_free, staging_prefix, sync, sync_entry
 from .record import RECORD_NAME, read_document, read_record, stored_text, to_text
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["IfExists", "VideoWriter", "check_writable", "open_output", "read_frames", "read_record"]
+__all__ = [
+    "IfExists", "VideoWriter", "check_sidecar", "check_writable", "is_mp4", "iter_frames", "open_output", "read_frames",
+    "read_record", "write_sidecar",
+]  # fmt: skip
 
 IfExists = Literal["error", "number", "replace"]  # a target that exists: refuse, take the next free number, replace it
 
-_CRF = 10  # the published code's imageio `quality=8`, which is int((1 - 0.8) * 51) for libx264
-_THREADS = 4  # fixed: x264's bytes depend on how many there are, and the same video is the same file on every machine
+# Fixed: x264's bytes depend on how many there are, and the same video is the same file on every machine. x265 has frame
+# threads to fix, writes its version and options into the stream unless told not to, and QuickTime knows its streams
+# only by the name hvc1.
+_THREADS = 4
+_CODEC_OPTIONS = {
+    "libx264": ["-threads", str(_THREADS)],
+    "libx265": ["-x265-params", f"pools={_THREADS}:frame-threads=1:info=0:log-level=error", "-tag:v", "hvc1"],
+}
+SIDECAR = ".json"  # the ending of the record beside an output
 _FRAME_NAME = re.compile(r"\d{5,}\.png")
 
 # Untagged files are guessed to be BT.601 by some players and BT.709 by others, and reds turn orange. Ours are BT.709 in
@@ -64,7 +74,14 @@ if sys.platform == "win32":
 
 
 def open_output(
-    path: str | Path, *, width: int, height: int, fps: float, record: dict[str, Any], if_exists: IfExists = "error"
+    path: str | Path,
+    *,
+    width: int,
+    height: int,
+    fps: float,
+    record: dict[str, Any],
+    if_exists: IfExists = "error",
+    encoding: Encoding = Encoding(),  # noqa: B008 (frozen)
 ) -> VideoWriter:
     """The writer for a path: a context manager with `.write(frames)`, and afterwards `.path`, the name it got.
 
@@ -74,11 +91,21 @@ def open_output(
 
     Leaving it normally publishes the file; leaving it by an exception leaves nothing. Raises RequestError for a name of
     an unknown kind, and RunError, from each of the three steps, for a full disk, an ffmpeg that dies and the like.
+    encoding: of an mp4; the other kinds have one way to be written.
     """
-    return _kind(path)(Path(path), width=width, height=height, fps=fps, record=record, if_exists=if_exists)
+    return _kind(path)(
+        Path(path), width=width, height=height, fps=fps, record=record, if_exists=if_exists, encoding=encoding
+    )
 
 
-def check_writable(path: str | Path, *, if_exists: IfExists = "error") -> None:
+def is_mp4(path: str | Path) -> bool:
+    """Whether `open_output` would make an mp4 of it. Raises RequestError for a name of an unknown kind."""
+    return _kind(path) is _Mp4Writer
+
+
+def check_writable(
+    path: str | Path, *, if_exists: IfExists = "error", encoding: Encoding = Encoding()  # noqa: B008 (frozen)
+) -> None:
     """RequestError, before any work is done, where `open_output` could not write. Leaves nothing behind."""
     target, kind = Path(path), _kind(path)
     try:
@@ -97,16 +124,62 @@ def check_writable(path: str | Path, *, if_exists: IfExists = "error") -> None:
     if taken and if_exists == "replace" and kind is _FolderWriter:
         _check_ours(target)
     if kind is _Mp4Writer:
-        _ffmpeg()
+        _check_codec(_ffmpeg(), encoding.codec)
+
+
+def check_sidecar(path: str | Path, *, if_exists: IfExists) -> None:
+    """RequestError, before any work is done, where the sidecar of `path` would be in the way of something."""
+    target = beside(Path(path), SIDECAR)
+    if if_exists == "error" and exists(target):
+        raise RequestError(f"cannot write {target}: it exists already", hint="--overwrite replaces it")
+
+
+def write_sidecar(path: str | Path, if_exists: IfExists) -> Path:
+    """The record of a finished file in `NAME.json` beside it, byte for byte what is stored inside.
+
+    Renamed when whole; by `if_exists`, one that says something else is an error, left alone for the next free number,
+    or replaced. Raises RequestError where there is no record in the file, and RunError.
+    """
+    read_document(path)
+    text, target = stored_text(Path(path)), beside(Path(path), SIDECAR)
+    assert text is not None  # read_document has read it
+    with suppress(OSError):
+        if target.read_bytes() == text.encode():
+            return target  # of a run that was killed just before its end
+    asked = target
+    with _reporting(target), ExitStack() as cleanup:
+        folder = tempfile.mkdtemp(prefix=staging_prefix(target), dir=target.absolute().parent)
+        cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+        staged = Path(folder) / "record.json"
+        staged.write_text(text, encoding="utf-8", newline="\n")
+        sync(staged)
+        if if_exists == "replace":
+            os.replace(staged, target)
+        else:
+            while not move_to_free(staged, target):
+                if if_exists == "error":
+                    raise RunError(f"could not write {target}: it appeared meanwhile, and is not overwritten")
+                target = next_free(asked)
+    sync_entry(target)
+    return target
 
 
 class VideoWriter:
     """What `open_output` returns. A subclass makes its file in `_staging`; this one shows it whole or not at all."""
 
     def __init__(
-        self, path: Path, *, width: int, height: int, fps: float, record: dict[str, Any], if_exists: IfExists
+        self,
+        path: Path,
+        *,
+        width: int,
+        height: int,
+        fps: float,
+        record: dict[str, Any],
+        if_exists: IfExists,
+        encoding: Encoding,
     ) -> None:
         self.path = self._asked = path
+        self._encoding = encoding
         self._width, self._height, self._fps, self._if_exists = width, height, fps, if_exists
         self._text = to_text(record, fps)
         self._count = 0
@@ -125,7 +198,7 @@ class VideoWriter:
         with _reporting(self.path):
             folder = self.path.absolute().parent
             folder.mkdir(parents=True, exist_ok=True)
-            self._staging = Path(tempfile.mkdtemp(prefix=f".{self.path.name[:40]}.partial-", dir=folder))
+            self._staging = Path(tempfile.mkdtemp(prefix=staging_prefix(self.path), dir=folder))
             self._cleanup.callback(shutil.rmtree, self._staging, ignore_errors=True)  # what led here matters more
             try:
                 self._start()
@@ -184,7 +257,8 @@ class _Mp4Writer(VideoWriter):
         command = [_ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error", "-xerror"]
         command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self._width}x{self._height}", "-r", str(rate)]
         command += ["-i", "pipe:0", "-f", "ffmetadata", "-i", str(metadata), "-map", "0:v", "-map_metadata", "1"]
-        command += ["-vf", _TO_BT709, *_TAG_BT709, "-c:v", "libx264", "-crf", str(_CRF), "-threads", str(_THREADS)]
+        codec, crf = self._encoding.codec, self._encoding.crf
+        command += ["-vf", _TO_BT709, *_TAG_BT709, "-c:v", codec, "-crf", str(crf), *_CODEC_OPTIONS[codec]]
         # xerror: ffmpeg 4.x exits 0 otherwise when the disk fills at the very end; bitexact: no ffmpeg version and no
         # date; faststart: what a player needs first comes first; write_colr: the colours' tag, in older ffmpegs too.
         command += ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart+write_colr", "-f", "mp4"]
@@ -336,6 +410,17 @@ def _ffmpeg() -> str:
     return found
 
 
+def _check_codec(ffmpeg: str, codec: str) -> None:
+    """RequestError where this ffmpeg, which may be the system's, was built without the codec's encoder."""
+    if codec == Encoding.codec:
+        return  # no ffmpeg that imageio-ffmpeg brings is without it, and asking costs a process
+    command = [ffmpeg, "-hide_banner", "-nostdin", "-encoders"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False, **_OWN_GROUP)
+    if not re.search(rf"^ *V\S* +{codec}\b", listed.stdout, re.MULTILINE):
+        hint = f"say --codec {Encoding.codec}, or point IMAGEIO_FFMPEG_EXE at another ffmpeg"
+        raise RequestError(f"--codec {codec}: {ffmpeg} has no such encoder", hint=hint)
+
+
 _PREFIX = re.compile(r"^(\[[^\]]*\] *)+")  # [libx264 @ 0x55d0c8a3e2c0]
 _SAYS_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "File size limit exceeded")
 
@@ -396,58 +481,113 @@ def read_frames(path: str | Path) -> tuple[np.ndarray, float]:
 
     Raises RequestError. The rate of a GIF, whose own clock is coarse, is the record's where there is one.
     """
+    import numpy as np
+
     path = Path(path)
+    with _explaining(path):
+        kind = _content(path)
+        if kind == "mp4":
+            about, chunks = _open_mp4(path)
+            width, height = about["size"]
+            return np.frombuffer(bytearray().join(chunks), np.uint8).reshape(-1, height, width, 3), about["fps"]
+        fps = read_document(path)["fps"] if kind == "folder" else _gif_rate(path)
+        return np.stack(list(_FRAMES[kind](path))), fps
+
+
+def iter_frames(path: str | Path) -> Iterator[np.ndarray]:
+    """The same frames one by one, each uint8 [H, W, 3], so that memory holds one; a folder needs no record.
+
+    Raises RequestError, from the iteration on.
+    """
+    path = Path(path)
+    with _explaining(path):
+        yield from _FRAMES[_content(path)](path)
+
+
+def _content(path: Path) -> str:
+    """`mp4`, `gif` or `folder`, by what is there and not by its name. Raises RequestError, OSError."""
+    if path.is_dir():
+        return "folder"
+    with open(path, "rb") as file:
+        start = file.read(12)
+    if start[:4] == b"GIF8":
+        return "gif"
+    # Only an mp4 by content goes to ffmpeg, which also follows playlists to other files and over the network.
+    if start[4:8] == b"ftyp":
+        return "mp4"
+    raise RequestError(f"{path}: neither an mp4, nor a GIF, nor a folder of frames")
+
+
+@contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """Whatever goes wrong within as a RequestError about `path`."""
     try:
-        if path.is_dir():
-            return _folder_frames(path), read_document(path)["fps"]
-        with open(path, "rb") as file:
-            start = file.read(12)
-        if start[:4] == b"GIF8":
-            return _gif_frames(path)
-        # Only an mp4 by content goes to ffmpeg, which also follows playlists to other files and over the network.
-        if start[4:8] == b"ftyp":
-            return _mp4_frames(path)
+        yield
     except RequestError:
         raise
     except Exception as error:  # Pillow and ffmpeg fail on a broken file in many ways
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
         raise RequestError(f"{path}: cannot be read as a video: {reason}") from error
-    raise RequestError(f"{path}: neither an mp4, nor a GIF, nor a folder of frames")
 
 
-def _mp4_frames(path: Path) -> tuple[np.ndarray, float]:
+def _open_mp4(path: Path) -> tuple[dict[str, Any], Iterator[bytes]]:
+    """What ffmpeg says of it (`size`, `fps`), and its frames."""
     import imageio_ffmpeg
-    import numpy as np
 
     stored_text(path)  # for its ValueError: ffmpeg would read a file that is cut short to where it ends
     exact = ["-sws_flags", "bicubic+accurate_rnd+full_chroma_int"]  # the default is up to two levels darker
     reader = imageio_ffmpeg.read_frames(os.path.abspath(path), pix_fmt="rgb24", output_params=exact)
-    about = next(reader)
+    return next(reader), reader
+
+
+def _mp4_frames(path: Path) -> Iterator[np.ndarray]:
+    import numpy as np
+
+    about, chunks = _open_mp4(path)
     width, height = about["size"]
-    frames = np.frombuffer(bytearray().join(reader), np.uint8).reshape(-1, height, width, 3)
-    return frames, about["fps"]
+    for chunk in chunks:
+        yield np.frombuffer(chunk, np.uint8).reshape(height, width, 3)
 
 
-def _gif_frames(path: Path) -> tuple[np.ndarray, float]:
+def _gif_rate(path: Path) -> float:
+    from PIL import Image, ImageSequence
+
+    try:
+        return read_document(path)["fps"]
+    except RequestError:  # not one of ours
+        with Image.open(path) as image:
+            durations = [frame.info.get("duration", 0) / 1000 for frame in ImageSequence.Iterator(image)]  # seconds
+        return len(durations) / max(sum(durations), 0.01)
+
+
+def _gif_frames(path: Path) -> Iterator[np.ndarray]:
     import numpy as np
     from PIL import Image, ImageSequence
 
-    frames, durations = [], []  # durations in seconds
-    with Image.open(path) as image:
-        for frame in ImageSequence.Iterator(image):
-            frames.append(np.asarray(frame.convert("RGB")))
-            durations.append(frame.info.get("duration", 0) / 1000)
     try:
         fps = read_document(path)["fps"]
-    except RequestError:  # not one of ours
-        return np.stack(frames), len(frames) / max(sum(durations), 0.01)
-    counts = [max(1, round(duration * fps)) for duration in durations]  # frames alike are stored as one that stays
-    return np.repeat(np.stack(frames), counts, axis=0), fps
+    except RequestError:
+        fps = 0  # not one of ours: each once
+    with Image.open(path) as image:
+        for frame in ImageSequence.Iterator(image):
+            pixels = np.asarray(frame.convert("RGB"))
+            # Frames alike are stored as one that stays.
+            for _ in range(max(1, round(frame.info.get("duration", 0) / 1000 * fps))):
+                yield pixels
 
 
-def _folder_frames(path: Path) -> np.ndarray:
+def _folder_frames(path: Path) -> Iterator[np.ndarray]:
     import numpy as np
     from PIL import Image
 
     names = sorted((int(child.stem), child) for child in path.iterdir() if _FRAME_NAME.fullmatch(child.name))
-    return np.stack([np.asarray(Image.open(child).convert("RGB")) for _, child in names])
+    if not names:
+        raise RequestError(f"{path}: there are no frames in it", hint="their names are 00000.png, 00001.png …")
+    for _, child in names:
+        with Image.open(child) as image:
+            yield np.asarray(image.convert("RGB"))
+
+
+_FRAMES: dict[str, Callable[[Path], Iterator[np.ndarray]]] = {
+    "mp4": _mp4_frames, "gif": _gif_frames, "folder": _folder_frames,
+}  # fmt: skip

@@ -1,0 +1,287 @@
+"""Many requests: what a batch file may say, and that every good item is made exactly once whatever dies."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+
+import pytest
+from conftest import ROOT, TINY
+
+from wan22 import batch, cli, journal
+from wan22.config import Request, RequestError
+from wan22.items import parse_seeds, read_items, split_line
+from wan22.options import Base
+from wan22.record import read_record
+
+BASE = Base({}, {}, {})
+SMALL = ["--ckpt_dir", str(TINY), "--size", "64x48", "--frames", "5", "--steps", "2"]
+
+
+def given(*words):
+    """A batch's flags, as its command gets them."""
+    command = cli.typer.main.get_command(cli.app).commands["batch"]
+    params = command.make_context("batch", ["x.txt", *cli.normalize([*map(str, words)])[0]]).params
+    return {**params, "prompt": None, "from_file": None}
+
+
+def read(path, *words, seeds=(), repeat=1, tiny=None):
+    return read_items(path, given(*words), BASE, tiny, cli.parse_line, seeds=list(seeds), repeat=repeat)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("line", "prompt", "words"),
+    [("a cat", "a cat", []), ("It's a dog's --seed 7 --size 480p", "It's a dog's", ["--seed", "7", "--size", "480p"]),
+     ("a -- b - c", "a -- b - c", []), ('"Hello" says he', '"Hello" says he', []),
+     ('"a --x b" --seed 1', "a --x b", ["--seed", "1"]),
+     ("说 “你好” --negative-prompt 'no text'", "说 “你好”", ["--negative-prompt", "no text"])],
+)  # fmt: skip
+def test_lines(line, prompt, words):
+    assert split_line(line) == (prompt, words)
+
+
+def test_text(tmp_path, tiny):
+    path = tmp_path / "p.txt"
+    lines = ["# no", "", "it's one --seed 7 --size 480p", "two", "two", "three --seed x", "four --size 65x48",
+             "five --ckpt_dir /x", 'six --prompt "x', "--seed 1", "seven --help", "eight --guidance 2"]  # fmt: skip
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode() + b"\n\xff\n")
+    items, bad = read(path, "--steps", "5", tiny=tiny)
+    assert [item.where for item in items] == ["line 3", "line 4", "line 5", "line 12"]
+    assert [one.where for one in bad] == [f"line {n}" for n in (6, 7, 8, 9, 10, 11, 13)]
+    first = items[0].request
+    assert (first.prompt, first.seed, first.width, first.num_steps) == ("it's one", 7, 832, 5)
+    assert (items[3].request.guidance_high, items[3].request.guidance_low) == (2, 2)
+    # Without a seed it follows from the content; the same line twice is two videos, and both the same again tomorrow.
+    assert items[1].request.seed != items[2].request.seed
+    assert read(path, "--steps", "5", tiny=tiny) == (items, bad)
+    assert read(path, "--steps", "6", tiny=tiny)[0][1].request.seed != items[1].request.seed
+
+
+def test_tables(tmp_path, tiny):
+    (tmp_path / "p.csv").write_text('prompt,seed,size,num_steps\n"a, b",3,480p,\nc,,64x48,7\nd,1,2,3,4\n')
+    items, bad = read(tmp_path / "p.csv", tiny=tiny)
+    assert [(item.request.prompt, item.request.width, item.request.num_steps) for item in items] == [
+        ("a, b", 832, 40), ("c", 64, 7)]  # fmt: skip
+    assert [one.where for one in bad] == ["row 4"]
+    rows = [{"prompt": "--x", "seed": 1, "shift": 5.5, "width": 64, "height": 48}, {"prompt": "y", "colour": 1}, [1],
+            {"seed": 2}, {"prompt": {"a": 1}}, {"prompt": "y", "num_frames": "many"}]  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{torn")
+    items, bad = read(tmp_path / "p.jsonl", tiny=tiny)
+    assert [(item.request.prompt, item.request.shift, item.request.width) for item in items] == [("--x", 5.5, 64)]
+    assert [one.where for one in bad] == [f"line {n}" for n in range(2, 8)]
+
+
+def test_a_file_that_is_none(tmp_path, tiny):
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    (tmp_path / "p.csv").write_text("a,b\n1,2\n")
+    for name in ("none.txt", "empty.txt", "p.csv", "p.doc"):
+        with pytest.raises(RequestError, match=name):
+            read(tmp_path / name, tiny=tiny)
+
+
+def test_seeds_and_repeats(tmp_path, tiny):
+    assert parse_seeds("1..3,9, 2") == [1, 2, 3, 9]
+    for wrong in ("", "3..1", "a", "1..", "1..9999999999"):
+        with pytest.raises(RequestError):
+            parse_seeds(wrong)
+    (tmp_path / "p.txt").write_text("a\nb --seed 5\n")
+    assert [item.request.seed for item in read(tmp_path / "p.txt", seeds=[1, 2], tiny=tiny)[0]] == [1, 2, 5]
+    items, _ = read(tmp_path / "p.txt", repeat=3, tiny=tiny)
+    assert [item.request.seed for item in items[3:]] == [5, 6, 7]
+    assert len({item.request.seed for item in items}) == 6
+
+
+def test_shards(monkeypatch):
+    assert batch.parse_shard("2/8") == (1, 8)
+    for wrong in ("0/8", "9/8", "x", "1/0", "1"):
+        with pytest.raises(RequestError):
+            batch.parse_shard(wrong)
+    for name in ("ID", "COUNT", "MIN", "MAX", "STEP"):
+        monkeypatch.delenv(f"SLURM_ARRAY_TASK_{name}", raising=False)
+    assert batch.parse_shard(None) == (0, 1)
+
+    def task(**values):
+        for name, value in values.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+        return batch.parse_shard(None)
+
+    assert task(ID=7, COUNT=4, MIN=5, MAX=8, STEP=1) == (2, 4)
+    assert task(ID=9, COUNT=3, MIN=5, MAX=9, STEP=2) == (2, 3)
+    assert task(ID=7, COUNT=3, MIN=1, MAX=7, STEP=1) == (0, 1)  # --array=1,5,7: claims share the work
+
+
+# --- the journal -----------------------------------------------------------------------------------------------------
+def test_a_torn_journal(tmp_path):
+    first = journal.Journal(tmp_path)
+    first.add("item", name="a.mp4", where="line 1", request={})
+    first.add("item", name="b.mp4", where="line 2", request={})
+    with open(tmp_path / journal.NAME, "ab") as file:
+        file.write(b'{"time": 1, "event": "do')
+    second = journal.Journal(tmp_path)
+    second.add("failed", name="b.mp4", error="no")
+    assert [event["event"] for event in journal.read(tmp_path)] == ["item", "item", "failed"]
+    found = journal.status(tmp_path)
+    assert [item["name"] for item in found["waiting"]] == ["a.mp4"]
+    assert found["failed"][0]["error"] == "no"
+    assert "1 waiting" in journal.as_text(found)
+    assert journal.duration(11_220) == "3 h 07 min"
+
+
+# --- whole batches ---------------------------------------------------------------------------------------------------
+def jobs_of(path, *words):
+    flags = given(*SMALL, *words)
+    from wan22.options import read_checkpoint
+
+    items, bad = read_items(path, flags, BASE, read_checkpoint(flags, BASE, "t2v-A14B"), cli.parse_line, seeds=[],
+                            repeat=1)  # fmt: skip
+    jobs, bad = batch.plan_jobs(items, bad, flags, BASE)
+    return flags, jobs, bad
+
+
+def test_a_batch(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("one\ntwo --seed 7\nbad --size 65x48\n")
+    words = ["batch", "p.txt", *SMALL]
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert len(capsys.readouterr().out.split()) == 2
+    assert cli.main([*words, "--json"]) == 1
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    folder = tmp_path / "p-videos"
+    made = sorted(folder.glob("*.mp4"))
+    assert Counter(event["event"] for event in events) == {
+        "bad": 1, "start": 2, "note": 2, "step": 4, "done": 2, "finished": 1}  # fmt: skip
+    assert len(made) == 2
+    assert sorted(path.name for path in folder.iterdir() if path not in made) == ["batch.jsonl", "index.html"]
+    assert read_record(made[1])["request"]["seed"] == 7
+
+    # Finished items are not made again; a folder of videos is a batch too; the same bits as generate's.
+    before = {path: path.stat().st_mtime_ns for path in made}
+    assert cli.main(words) == 1
+    out, err = capsys.readouterr()
+    assert "2 there already, 1 bad" in err
+    assert out.split() == [f"p-videos/{path.name}" for path in sorted(made, key=lambda path: "two" in path.name)]
+    assert before == {path: path.stat().st_mtime_ns for path in made}
+    assert cli.main(["batch", "p-videos", "--ckpt_dir", str(TINY), "--output", "p-videos"]) == 0
+    assert cli.main(["generate", *SMALL, "--prompt", "two", "--seed", "7", "--output", "two.mp4"]) == 0
+    assert (tmp_path / "two.mp4").read_bytes() == made[1].read_bytes()
+    capsys.readouterr()
+    assert cli.main(["status", "p-videos", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (len(found["done"]), len(found["failed"]), found["seconds_left"]) == (2, 0, None)
+    assert cli.main(["status", str(tmp_path)]) == 2
+
+
+def test_two_batches_share_a_folder_and_a_worker_is_killed(tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join("abcdef"))
+    done, killed, results = Counter(), [], {}
+
+    def run(who):
+        flags, jobs, bad = jobs_of(tmp_path / "p.txt", "--save-every", "0")
+
+        def tell(event, **data):
+            if event == "done":
+                done[data["name"]] += 1
+            if who == "first" and event == "step" and not killed:
+                killed.append(one.workers[0].process.pid)
+                os.kill(killed[0], signal.SIGKILL)
+
+        one = batch.Batch(jobs, tmp_path / "out", ["cpu"], flags, BASE, tell)
+        results[who] = one.run(bad)
+
+    threads = [threading.Thread(target=run, args=(who,)) for who in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert killed
+    assert sorted(done.values()) == [1] * 6
+    for outcomes in results.values():
+        assert sorted(outcome.what for outcome in outcomes if outcome.what not in ("done", "there")) == []
+        assert len(outcomes) == 6
+    left = sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".mp4")
+    assert left == ["batch.jsonl"]
+    assert [event["event"] for event in journal.read(tmp_path / "out")].count("died") == 1
+
+
+def test_an_item_that_kills_workers_is_set_aside(tmp_path):
+    (tmp_path / "p.txt").write_text("poison\ngood\n")
+    flags, jobs, bad = jobs_of(tmp_path / "p.txt")
+
+    def tell(event, name=None, **data):
+        if event == "start" and name.startswith("poison"):
+            os.kill(data["worker"], signal.SIGKILL)
+
+    outcomes = {one.name.split("-")[0]: one for one in
+                batch.Batch(jobs, tmp_path / "out", ["cpu"], flags, BASE, tell).run(bad)}  # fmt: skip
+    assert (outcomes["poison"].what, outcomes["good"].what) == ("failed", "done")
+    assert "workers died" in outcomes["poison"].error
+    assert "1 made, 1 failed" in batch.table(list(outcomes.values()))
+    found = journal.status(tmp_path / "out")
+    assert [len(found[part]) for part in ("done", "running", "failed", "waiting")] == [1, 0, 1, 0]
+
+
+def test_changes():
+    assert batch.changes(Request("a", seed=3, num_steps=40)) == {"prompt": "a", "seed": 3}
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+SCRIPTS = ROOT / "scripts"
+
+
+def fake(folder, body):
+    """A command that stands for another, first on the path."""
+    folder.mkdir(exist_ok=True)
+    for name, text in body.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+def test_batch_sh(tmp_path):
+    dies_once = 'echo "$@" >>calls; [ $(wc -l <calls) -ge 2 ] || kill -9 $$; exit 1'
+    environment = fake(tmp_path / "bin", {"wan22": dies_once})
+
+    def run(*words, **more):
+        return subprocess.run(["sh", str(SCRIPTS / "batch.sh"), *words], cwd=tmp_path, env={**environment, **more},
+                              capture_output=True, text=True)  # fmt: skip
+
+    result = run("a b.txt", "--steps", "3")
+    assert (result.returncode, "once more" in result.stderr) == (1, True)  # begun again after a kill, not after exit 1
+    assert (tmp_path / "calls").read_text() == "batch a b.txt --steps 3\n" * 2
+    (tmp_path / "calls").unlink()
+    assert run("x.txt", TRIES="1").returncode == 137
+    assert run().returncode == 2
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_slurm_array_sh(tmp_path):
+    """With SLURM's variables faked: the task's part, and the queue again after SIGTERM."""
+    environment = fake(tmp_path / "bin", {
+        "wan22": 'echo "$@" >>calls; [ -z "$SLOW" ] && exit 0; trap "echo kept >>calls; exit 143" TERM; touch up; '
+                 'while :; do sleep 0.05; done',
+        "scontrol": 'echo scontrol "$@" >>calls',
+    })  # fmt: skip
+    environment |= {f"SLURM_{name}": value for name, value in
+                    (("JOB_ID", "12"), ("ARRAY_JOB_ID", "10"), ("ARRAY_TASK_ID", "2"), ("ARRAY_TASK_COUNT", "4"))}
+    command = ["bash", str(SCRIPTS / "slurm_array.sh"), "p.txt", "--size", "480p"]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == 0
+    assert (tmp_path / "calls").read_text() == "batch p.txt --size 480p\n"
+    with subprocess.Popen(command, cwd=tmp_path, env={**environment, "SLOW": "1"}) as process:
+        for _ in range(200):
+            if (tmp_path / "up").exists():
+                break
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(20) == 143
+    assert (tmp_path / "calls").read_text().splitlines()[2:] == ["kept", "scontrol requeue 10_2"]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="there is no shellcheck here")
+def test_scripts_are_clean():
+    subprocess.run(["shellcheck", SCRIPTS / "batch.sh", SCRIPTS / "slurm_array.sh"], check=True)

@@ -1,0 +1,97 @@
+"""Reading tensors out of files: in pieces of any size, by threads, strictly."""
+
+import itertools
+import os
+import threading
+
+import checkpoints as made
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wan22 import reading
+from wan22.config import RequestError
+from wan22.layouts import EXPERT, find_tensors, publish
+from wan22.tensor_files import Safetensors
+
+
+def read_all(tensors, dtype):
+    targets = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in tensors.shapes.items()}
+    tensors.read(targets)
+    return targets
+
+
+@pytest.fixture(scope="module")
+def expert():
+    return made.expert(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["plain", "scaled rows", "one scale", "Q8_0", "Q4_K"])
+def test_the_buffers_size_changes_no_bit(expert, tmp_path, monkeypatch, form, dtype):
+    """A tensor that fits no buffer is cut at whole rows and blocks; what it becomes is what the libraries say."""
+    path, meant = tmp_path / "expert", expert
+    if form.startswith("Q"):
+        meant = made.gguf_file(path, expert, form)
+    elif form == "plain":
+        save_file(expert, path)
+    else:
+        stored, _, meant = made.scaled_fp8(expert, "new", rows=form == "scaled rows")
+        save_file(stored, path)
+    whole = read_all(publish(find_tensors(path), EXPERT), dtype)
+    monkeypatch.setattr(reading, "BUFFER_BYTES", 3000)
+    monkeypatch.setattr(reading, "DECODED_ELEMENTS", 600)
+    pieces = read_all(publish(find_tensors(path), EXPERT), dtype)
+    for name, tensor in meant.items():
+        assert torch.equal(whole[name], tensor.to(dtype)), name
+        assert torch.equal(pieces[name], whole[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e5m2, torch.int64, torch.bool])
+def test_every_dtype(tmp_path, dtype):
+    table = {"a": torch.arange(-8, 8).view(2, 8), "b": torch.tensor(1), "c": torch.zeros(0, 3)}
+    table = {name: tensor.to(dtype) for name, tensor in table.items()}
+    save_file(table, tmp_path / "x")
+    file = Safetensors(tmp_path / "x")
+    for wanted in (dtype, torch.float32):
+        targets = {name: torch.empty(tensor.shape, dtype=wanted) for name, tensor in table.items()}
+        file.read(targets)
+        assert all(torch.equal(targets[name].float(), tensor.float()) for name, tensor in table.items())
+
+
+def test_a_file_that_ends_while_it_is_read(expert, tmp_path):
+    """One line, and soon: what is left of the others is not read first."""
+    save_file(expert, tmp_path / "x")
+    file = Safetensors(tmp_path / "x")
+    os.truncate(tmp_path / "x", 100_000)
+    with pytest.raises(RequestError, match="ended while it was read"):
+        read_all(file, torch.bfloat16)
+
+
+def test_pieces_are_read_in_order_and_once(expert, tmp_path, monkeypatch):
+    save_file(expert, tmp_path / "x")
+    spans, fill = [], reading._Lane._fill
+    monkeypatch.setattr(reading, "BUFFER_BYTES", 100_000)
+    monkeypatch.setattr(reading, "READERS", 1)
+    monkeypatch.setattr(reading._Lane, "_fill", lambda self, path, offset, array: (
+        spans.append((offset, offset + len(array))), fill(self, path, offset, array)))  # fmt: skip
+    read = read_all(Safetensors(tmp_path / "x"), torch.bfloat16)
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert spans[-1][1] == (tmp_path / "x").stat().st_size
+    assert all(torch.equal(read[name], tensor.bfloat16()) for name, tensor in load_file(tmp_path / "x").items())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked")
+def test_warming(expert, tmp_path, monkeypatch):
+    save_file(expert, tmp_path / "x")
+    asked, stop = [], threading.Event()
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *words: asked.append(words))
+    monkeypatch.setattr(reading, "WARM_BYTES", 1 << 20)
+    size = (tmp_path / "x").stat().st_size
+    Safetensors(tmp_path / "x").warm(stop)
+    assert sum(length for _, length, _ in asked) >= size
+    assert {advice for *_, advice in asked} == {os.POSIX_FADV_WILLNEED}
+    stop.set()
+    asked.clear()
+    Safetensors(tmp_path / "x").warm(stop)
+    assert asked == []
