@@ -174,11 +174,13 @@ def main(argv: list[str]) -> int:
                       "--save-every", str(options.save_every), "--json"]  # fmt: skip
     options.command = ["generate", "--prompt", PROMPT, *options.common]
 
-    import diffusers  # noqa: F401
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
+    import torch
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler  # noqa: F401
+    from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
 
     import wan22.pipeline  # noqa: F401
+
+    torch.set_num_threads(1)  # a fork has no threads but its own
 
     def undisturbed(seed: int) -> tuple[bytes, Run]:
         with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,7 @@ TINY = GOLDEN / "tiny-T2V-A14B"
 
 # No test may look for weights on the machine it runs on, nor at the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes; several processes share the cores
 os.environ.pop("WAN22_CKPT_DIR", None)
 # Without a GPU, Triton's kernels run in its interpreter. Triton looks here when a kernel is defined.
 if not Path("/dev/nvidiactl").exists():

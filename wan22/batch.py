@@ -369,6 +369,9 @@ def _make(pipe: Any, pipeline: Any, output: Path, request: Request, keep_latents
                 pipe.send(("there", {}))  # another batch has been quicker
                 return
             pipe.send(("start", {}))
+            if state.begun:
+                said = f"going on from step {state.begun.done} of {state.steps}"
+                pipe.send(("event", {"event": "note", "text": said, "resumed": state.begun.done}))
             pipeline.generate_file(request, state, "error", keep_latents, _PipeReporter(pipe))
     except Busy:
         pipe.send(("busy", {}))

@@ -142,7 +142,8 @@ def _article(card: Card) -> str:
         parts.append(f'<video src="./{link}" controls loop muted playsinline preload="metadata"{size}></video>')
     else:
         parts.append(f'<img src="./{link}" alt="{_text(prompt)}" loading="lazy">')
-    parts.append(f"<p>{_text(prompt)}</p>")
+    if card.error is None or "prompt" in request:
+        parts.append(f"<p>{_text(prompt)}</p>")
     facts = [f"seed {request['seed']}"] if "seed" in request else []
     if card.error is None:
         facts += [f"{request[name]} {word}" for name, word in (("num_frames", "frames"), ("num_steps", "steps"))
