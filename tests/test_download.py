@@ -490,8 +490,12 @@ def as_nobody(monkeypatch):
         yield
         return
     os.seteuid(65534)
-    yield
+    readable = os.access(ROOT / "wan22", os.R_OK | os.X_OK, effective_ids=True)
+    if readable:
+        yield
     os.seteuid(0)
+    if not readable:
+        pytest.skip("this clone lies where nobody else may look")
 
 
 def test_a_folder_that_is_read_only(hub, as_nobody):

@@ -147,8 +147,7 @@ class Pipeline:
 
     def name(self, request: Request, folder: Path) -> Path:
         """What the video of a resolved request is called where nobody says otherwise."""
-        decides = digest(request.to_dict(), self.precision.to_dict(), {"": self.identity})
-        return default_output(folder, request.original_prompt or request.prompt, decides)
+        return video_name(folder, request, self.precision, self.identity)
 
     def generate_file(
         self, request: Request, state: RunState, if_exists: IfExists, keep_latents: bool, reporter: Reporter
@@ -296,7 +295,6 @@ class Pipeline:
             policy: IfExists = "replace" if overwrite else "error" if output else "number"
             chunks = self.decode(latents, reporter)
             return _write(output or file.with_name(f"{stem}.mp4"), request, saved.record, chunks, policy)
-
 
 
 def video_name(folder: Path, request: Request, precision: Precision, identity: str) -> Path:
