@@ -36,7 +36,7 @@ VAE_STEM = "Wan2.1_VAE"
 TOKENIZER = "google/umt5-xxl"
 SUFFIXES = (".safetensors", ".safetensors.index.json", ".pth")  # what a stem may end in; the first that is there counts
 DIFFUSERS_INDEX = "model_index.json"
-DOWNLOAD_HINT = "get it: wan22 download --ckpt_dir ./T2V_A14B_weights   (126 GB; or try: --model demo)"
+DOWNLOAD_HINT = "get it: wan22 download --ckpt_dir ./T2V_A14B_weights   (126 GB)"
 
 
 # --- where it is -----------------------------------------------------------------------------------------------------
