@@ -34,7 +34,7 @@ FLOORS = [
     {"target"},
     {"journal"},
     {"names", "report", "verify", "claim"},
-    {"memory"},
+    {"memory", "capability"},
     {"machine", "vae_sizes"},
     {"config"},
 ]

@@ -17,12 +17,14 @@ import typer
 
 import wan22
 import wan22.plan as planning
+from wan22.capability import ADA, PRESETS
 from wan22.checkpoint import Parts, find_checkpoint, open_checkpoint
 from wan22.config import (
     ATTENTIONS,
     CODECS,
     DEFAULT_TASK,
     SOLVERS,
+    WEIGHTS,
     Encoding,
     Placement,
     Precision,
@@ -64,6 +66,12 @@ app = typer.Typer(
 
 
 LORA = "FILE[:STRENGTH[:LEAD]]"
+# What may be approximated.
+Precise = Annotated[
+    str | None, typer.Option(help=f"{', '.join(PRESETS)}: settings of the flags below, as this card can do them.")
+]
+Dtype = Annotated[str | None, typer.Option(help=f"Weights: {', '.join(WEIGHTS)}; fp8 and int8 approximate.")]
+Scope = Annotated[str | None, typer.Option(help="Of 8-bit products: ffn, or all (default).")]
 # Parts of a checkpoint, for every command that opens one.
 HighNoise = Annotated[
     str | None, typer.Option(metavar="PATH", help="Another high-noise expert: a file or folder in any layout.")
@@ -152,8 +160,13 @@ def generate(
     crf: Annotated[int | None, typer.Option(help=f"Of an .mp4: 0 (best) to 51; default: {Encoding.crf}.")] = None,
     codec: Annotated[str | None, typer.Option(help=f"Of an .mp4: {', '.join(CODECS)}.")] = None,
     from_file: Annotated[str | None, typer.Option("--from", help="Make the video of this file again.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Weights: auto, bf16, float32.")] = None,
+    precision: Precise = None,
+    dtype: Dtype = None,
+    scope: Scope = None,
     attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTIONS) + ".")] = None,
+    step_cache: Annotated[
+        float | None, typer.Option(metavar="X", help="Skip blocks while the first one changes less than this: 0.08.")
+    ] = None,
     convert_model_dtype: Annotated[
         bool, typer.Option("--convert-model-dtype", help="Experts in bf16 (what a GPU does anyway).")
     ] = False,
@@ -176,7 +189,7 @@ def generate(
     base = read_base(flags)
     settings = read_request(flags, base)
     request = make_request(settings)
-    precision, placement = read_precision(flags, base), read_placement(flags, base)
+    precise, placement = read_precision(flags, base), read_placement(flags, base)
     encoding = read_encoding(flags, base)
     extension = None
     if any(flags[name] for name in flags if "prompt_extend" in name):
@@ -192,12 +205,12 @@ def generate(
             check_sidecar(output, if_exists=if_exists)
     checkpoint = read_checkpoint(flags, base, request.task)
     request = make_request(settings, checkpoint)
-    planning.require_here(request, precision, placement, planning.Sizes.of(checkpoint))
+    planning.require_here(request, precise, placement, planning.Sizes.of(checkpoint))
     from wan22.pipeline import Pipeline
     from wan22.report import ConsoleReporter, JsonReporter
 
     reporter = JsonReporter() if json_lines else ConsoleReporter()
-    pipeline = Pipeline(checkpoint, precision, placement, encoding)
+    pipeline = Pipeline(checkpoint, precise, placement, encoding)
     if base.checkpoint and base.checkpoint != pipeline.identity:
         raise RequestError(
             f"--from {from_file}: was made with another checkpoint than {checkpoint.folder}",
@@ -326,7 +339,9 @@ def convert(
 def plan(
     size: Annotated[str, typer.Option(help="1280*720, 720p, 480p; any multiples of 16.")] = "720p",
     frames: Annotated[int | None, typer.Option("--frames", "--frame-num", help="4n + 1.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Weights: auto, bf16, float32.")] = None,
+    precision: Precise = None,
+    dtype: Dtype = None,
+    scope: Scope = None,
     offload: Annotated[str, typer.Option(help="auto, none, expert, block, disk.")] = "auto",
     t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
     gpu_memory: Annotated[str | None, typer.Option(help="As if so much were free: 24GiB; 0 for none.")] = None,
@@ -336,6 +351,10 @@ def plan(
     json_lines: Annotated[bool, typer.Option("--json", help="Every term, in bytes, as one JSON object.")] = False,
 ) -> None:
     """Say what a video needs of memory and disk, and which placement it would take; exit 3 when nothing fits."""
+    flags = {**dict(locals()), "attention": None, "step_cache": None, "convert_model_dtype": False,
+             "device": "cpu" if gpu_memory == "0" else None}  # fmt: skip
+    # A card that is only imagined can do all that there is.
+    precise = read_precision(flags, Base({}, {}, {}), ADA if gpu_memory not in (None, "0") else None)
     width, height = parse_size(size)
     request = Request("x", width=width, height=height, **given(num_frames=frames))
     sizes = planning.Sizes.published()
@@ -343,7 +362,7 @@ def plan(
         sizes = planning.Sizes.of(open_checkpoint(find_checkpoint(model, ckpt_dir)))
     gpu, host = planning.rooms(gpu_memory, host_memory)
     placement = Placement(offload=offload, text_encoder="cpu" if t5_cpu else "auto")
-    made = planning.make_plan(request, Precision(**given(weights=dtype)), placement, sizes, gpu, host)
+    made = planning.make_plan(request, precise, placement, sizes, gpu, host)
     print(json.dumps(planning.as_dict(made)) if json_lines else planning.as_text(made, request, sizes))
     raise typer.Exit(0 if made.chosen else 3)
 

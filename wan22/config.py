@@ -281,7 +281,10 @@ class Request(_Settings):
         return []
 
 
-ATTENTIONS = ("auto", "torch", "cudnn", "flash", "efficient", "math", "fa3", "fa4", "sage")
+ATTENTIONS = ("auto", "torch", "cudnn", "flash", "efficient", "math", "fa3", "fa4", "sage", "int8", "int8-bf16")
+EIGHT_BIT = ("fp8", "int8")
+WEIGHTS = ("auto", "float32", "bf16", *EIGHT_BIT)
+SCOPES = ("ffn", "all")
 
 
 @dataclass(frozen=True)
@@ -289,25 +292,38 @@ class Precision(_Settings):
     """What may be approximated; the default is the `exact` recipe.
 
     weights: `float32`, `bf16`, or `auto`: bf16 on a GPU, float32 on a CPU. The text encoder has the same dtype (as
-    published); the VAE is float32. What `exact` keeps in float32 beside bf16 weights stands in model.py.
+    published); the VAE is float32. What `exact` keeps in float32 beside bf16 weights stands in model.py. `fp8` and
+    `int8` approximate: 8-bit products of the blocks, beside bf16 (quantize.py).
+    scope: of 8-bit products: `ffn`, the feed-forward's alone, or `all`; None with other weights.
     attention: a backend of attention.py; `auto`: the fastest exact one that is right on this machine. Each rounds in
-    its own way, so the one a video was made with is recorded. `sage` approximates; all others are exact.
+    its own way, so the one a video was made with is recorded. `sage` and `int8` approximate; all others are exact.
+    step_cache: how much the first block's contribution may change, relative to its size, for the other blocks' to be
+    taken from an earlier step (step_cache.py); 0: never.
     """
 
     weights: str = "auto"
     attention: str = "auto"
+    scope: str | None = None
+    step_cache: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.weights not in ("auto", "float32", "bf16"):
-            raise RequestError(f"--dtype {self.weights}: unknown dtype", hint="known: auto, float32, bf16")
+        if self.weights not in WEIGHTS:
+            raise RequestError(f"--dtype {self.weights}: unknown dtype", hint=f"known: {', '.join(WEIGHTS)}")
         if self.attention not in ATTENTIONS:
             raise RequestError(f"--attention {self.attention}: unknown", hint=f"known: {', '.join(ATTENTIONS)}")
+        if self.scope not in (None, *SCOPES):
+            raise RequestError(f"--scope {self.scope}: unknown", hint=f"known: {', '.join(SCOPES)}")
+        if self.scope and self.weights not in EIGHT_BIT:
+            raise RequestError(f"--scope {self.scope}: of 8-bit products, and the weights are {self.weights}",
+                               hint="add --dtype fp8, or --dtype int8")  # fmt: skip
+        _check_number("--step-cache", self.step_cache, float, 0, 10)
 
     def resolve(self, device: str) -> "Precision":
         """`auto` made definite for a device type (`cpu`, `cuda`), as far as it can be without measuring there."""
         weights = ("float32" if device == "cpu" else "bf16") if self.weights == "auto" else self.weights
         attention = "torch" if self.attention == "auto" and device == "cpu" else self.attention
-        return dataclasses.replace(self, weights=weights, attention=attention)
+        scope = self.scope or ("all" if weights in EIGHT_BIT else None)
+        return dataclasses.replace(self, weights=weights, attention=attention, scope=scope)
 
 
 OFFLOADS = ("none", "expert", "block", "disk")  # from most to least memory

@@ -1,8 +1,9 @@
 """Published queries, keys and values as one product each, without copying a number.
 
 Three products of the same input read it three times, and three narrow ones use a GPU less well than a wide one. The
-packed layer is one of the same kind (an `nn.Linear`, or 8-bit) over the published tensors, which lie side by side in memory (`side_by_side`); the
-model's `state_dict` still has the published names, as views, and `load_state_dict` takes them.
+packed layer is one of the same kind (an `nn.Linear`, or 8-bit) over the published tensors, which lie side by side in
+memory (`side_by_side`); the model's `state_dict` still has the published names, as views, and `load_state_dict` takes
+them.
 """
 
 import copy

@@ -79,8 +79,8 @@ def _run(
                                                              *(modulation or (x.new_empty(width),) * 2))]  # fmt: skip
     launch(
         _kernel, (length, batch), x, y, *vectors, new_x, normed, normed_scale,
-        *(vector.stride(0) for vector in vectors), length, eps, width, GATED=gate is not None, NORMED=modulation is not None, PLUS_ONE=plus_one,
-        LARGEST=LARGEST.get(dtype, 0), **row_block(width),
+        *(vector.stride(0) for vector in vectors), length, eps, width, GATED=gate is not None,
+        NORMED=modulation is not None, PLUS_ONE=plus_one, LARGEST=LARGEST.get(dtype, 0), **row_block(width),
     )  # fmt: skip
     return new_x, as_rows(normed, normed_scale)
 
