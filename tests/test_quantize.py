@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file
-from test_placements import HIGH, LAYERS, LOW, REQUEST, adapter, deep  # noqa: F401 (fixtures)
+from test_placements import HIGH, LOW, REQUEST, adapter, deep  # noqa: F401 (fixtures)
 
 from wan22.checkpoint import open_checkpoint
 from wan22.config import Lora, Placement, Precision, Request, RequestError, Residency
@@ -48,8 +48,9 @@ def test_error_of_a_velocity(tiny, eight_bit):
     half = velocity(load_expert(tiny.experts[HIGH], torch.bfloat16, CPU))
     model = load_expert(tiny.experts[HIGH], torch.bfloat16, CPU, eight_bit=eight_bit)
     ours = velocity(model)
-    print(f"{name(eight_bit)}: relative error {relative(ours, exact):.2e}, largest {(ours - exact).abs().max():.2e}, mean "
-          f"{(ours - exact).abs().mean():.2e}; bf16 {relative(half, exact):.2e}")  # fmt: skip
+    error = (ours - exact).abs()
+    print(f"{name(eight_bit)}: relative error {relative(ours, exact):.2e}, largest {error.max():.2e}, mean "
+          f"{error.mean():.2e}; bf16 {relative(half, exact):.2e}")  # fmt: skip
     assert relative(half, exact) < relative(ours, exact) < 0.08
 
 
@@ -59,8 +60,8 @@ def test_what_stays(tiny):
     eight = {name for name, module in block.named_modules() if isinstance(module, EightBitLinear)}
     assert eight == {"self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"}
     assert block.cross_attn.kv.weight.dtype == torch.bfloat16
-    assert not any(isinstance(module, EightBitLinear) for part in (model.head, model.text_embedding, model.time_embedding)
-                   for module in part.modules())  # fmt: skip
+    for part in (model.head, model.text_embedding, model.time_embedding, model.time_projection):
+        assert not any(isinstance(module, EightBitLinear) for module in part.modules())
     # Published names all the same, the scales beside them.
     published = set(load_expert(tiny.experts[HIGH], torch.bfloat16, CPU).state_dict())
     more = set(model.state_dict()) - published
@@ -129,7 +130,8 @@ def test_bytes_as_planned(tiny):
         state = empty_expert(tiny.experts[HIGH], torch.bfloat16, eight_bit_of(precision)).state_dict()
         assert Sizes.of(tiny).at(precision).expert_bytes(2) == sum(tensor.nbytes for tensor in state.values())
         print(f"{precision.weights} {precision.scope}: {published.at(precision).expert_bytes(2) / half:.1%} of bf16")
-    assert published.at(Precision("fp8", scope="all")).expert_bytes(2) < 0.6 * half  # keys and values of cross-attention stay
+    # Keys and values of cross-attention stay as they are, a seventh of it.
+    assert published.at(Precision("fp8", scope="all")).expert_bytes(2) < 0.6 * half
     assert published.at(Precision()) == published
     request = Request("x", width=832, height=480)
     weights = []
@@ -169,7 +171,6 @@ def test_adapters_are_merged_before(deep, adapter):  # noqa: F811
     layer = "blocks.0.self_attn.q.weight"
     ours = eight[layer].float() * eight[layer + "_scale"]
     assert (ours - exact[layer]).abs().max() <= eight[layer + "_scale"].max() * 0.501
-    assert LAYERS == len({key.split(".")[1] for key in eight if key.startswith("blocks.")})
 
 
 # --- asking for it ---------------------------------------------------------------------------------------------------
@@ -190,7 +191,8 @@ def test_whole_runs_and_their_record(tiny):
 
 def test_wrong_settings():
     for table, said in (({"weights": "fp4"}, "--dtype fp4"), ({"scope": "ffn"}, "--scope ffn"),
-                        ({"weights": "fp8", "scope": "half"}, "--scope half"), ({"step_cache": -1}, "--step-cache")):  # fmt: skip
+                        ({"weights": "fp8", "scope": "half"}, "--scope half"),
+                        ({"step_cache": -1}, "--step-cache")):  # fmt: skip
         with pytest.raises(RequestError, match=said):
             Precision.from_dict(table)
 

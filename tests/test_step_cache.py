@@ -186,7 +186,7 @@ def test_memory_is_planned(tiny):
 
     sizes, terms = Sizes.published(), []
     for threshold in (0.0, 0.1):
-        plan = make_plan(REQUEST, Precision("bf16", step_cache=threshold), Placement(), sizes, None, Room(1 << 40, 1 << 40))
-        terms.append(plan.options[0].phases["denoise"])
+        precision, host = Precision("bf16", step_cache=threshold), Room(1 << 40, 1 << 40)
+        terms.append(make_plan(REQUEST, precision, Placement(), sizes, None, host).options[0].phases["denoise"])
     assert "step cache" not in terms[0]
     assert terms[1]["step cache"] == 2 * 2 * 2 * 5120 * (2 * 2 + 4)  # tokens of the request, width, bytes

@@ -147,6 +147,10 @@ def generate(
     lora_dir: Annotated[str | None, typer.Option(help="Where to look first for adapters named without a path.")] = None,
     lead_steps: Annotated[int | None, typer.Option(help="First steps with LEAD strengths and --guidance-lead.")] = None,
     guidance_lead: Annotated[float | None, typer.Option(help="Of the lead steps.")] = None,
+    guidance_start: Annotated[
+        float | None, typer.Option(metavar="X", help="No guidance before this fraction of the steps; default: 0.")
+    ] = None,
+    guidance_stop: Annotated[float | None, typer.Option(metavar="X", help="None from this one on; default: 1.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", "--base-seed", help="Default: one is drawn and told.")] = None,
     noise_device: Annotated[str | None, typer.Option(help="cpu, or cuda to draw as the published code does.")] = None,
     output: Annotated[
@@ -419,7 +423,8 @@ def describe(
     """What `generate` would do, on stdout. A prompt that would be extended is still the one given."""
     from wan22.sampling import describe_split, plan_steps
 
-    steps = plan_steps(request)
+    steps, (start, stop) = plan_steps(request), (request.guidance_start, request.guidance_stop)
+    scope = f" ({pipeline.precision.scope})" if pipeline.precision.scope else ""
     facts = {
         "prompt": request.prompt,
         **({"extended by": str(extension)} if extension else {}),
@@ -427,13 +432,15 @@ def describe(
         "steps": f"{request.num_steps} ({request.solver}, shift {request.shift:g}): "
         + describe_split(steps, request.spec.experts),
         "guidance": (f"{request.guidance_lead:g} in {request.lead_steps} lead steps, " if request.lead_steps else "")
-        + f"{request.guidance_high:g} high noise, {request.guidance_low:g} low noise",
+        + f"{request.guidance_high:g} high noise, {request.guidance_low:g} low noise"
+        + (f", from {start:g} to {stop:g} of the steps" if (start, stop) != (0, 1) else ""),
         **({"adapters": "; ".join(map(str, request.loras))} if request.loras else {}),
         "seed": request.seed,
         "checkpoint": str(pipeline.checkpoint.folder),
-        "weights": f"{pipeline.precision.weights}, {pipeline.experts.bytes / 2**30:.2f} GiB both experts, "
+        "weights": f"{pipeline.precision.weights}{scope}, {pipeline.experts.bytes / 2**30:.2f} GiB both experts, "
         + planning.describe(pipeline.plan(request)),
         "attention": pipeline.precision.attention,
+        **({"step cache": pipeline.precision.step_cache} if pipeline.precision.step_cache else {}),
         "device": str(pipeline.device),
         "output": str(target),
     }
@@ -469,7 +476,8 @@ NOT_IN_BATCH = (
 )  # fmt: skip
 OF_A_LINE = (
     "prompt", "negative_prompt", "size", "frames", "fps", "steps", "shift", "solver", "guidance", "guidance_low",
-    "lora", "lora_high", "lora_low", "lead_steps", "guidance_lead", "seed", "noise_device", "task",
+    "lora", "lora_high", "lora_low", "lead_steps", "guidance_lead", "guidance_start", "guidance_stop", "seed",
+    "noise_device", "task",
 )  # fmt: skip
 
 

@@ -187,6 +187,9 @@ class Request(_Settings):
     lead_steps: that many of the `num_steps`, the first ones, run with `guidance_lead` and the adapters' own
     `lead_strength`. They share the first step of the schedule that the rest follows, so the rest keeps the timesteps
     of a run of `num_steps − lead_steps + 1` steps: those that a step-distilled adapter was trained on.
+
+    guidance_start, guidance_stop: fractions of the steps between which there is guidance; the others take one
+    evaluation instead of two. Part of what is asked for, as the guidance itself: 1 is its value there.
     """
 
     prompt: str
@@ -207,6 +210,8 @@ class Request(_Settings):
     loras: tuple[Lora, ...] = ()  # merged in this order
     lead_steps: int = 0
     guidance_lead: float = _SPEC.guidance_high
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
     original_prompt: str | None = None  # what was asked for, where `prompt` is an extension of it
 
     def __post_init__(self) -> None:
@@ -247,6 +252,11 @@ class Request(_Settings):
             raise RequestError(f"loras: {self.loras!r} is not a tuple of Lora")
         _check_number("--lead-steps", self.lead_steps, int, 0, self.num_steps)
         _check_number("--guidance-lead", self.guidance_lead, float, 0, 100)
+        _check_number("--guidance-start", self.guidance_start, float, 0, 1)
+        _check_number("--guidance-stop", self.guidance_stop, float, 0, 1)
+        if self.guidance_start >= self.guidance_stop:
+            said = f"--guidance-start {self.guidance_start:g} is not before --guidance-stop {self.guidance_stop:g}"
+            raise RequestError(said, hint="no guidance at all: --guidance 1")
         for lora in self.loras:
             if lora.lead_strength is not None and not self.lead_steps:
                 raise RequestError(f"--lora {lora.file}: a lead strength without lead steps", hint="add --lead-steps N")

@@ -82,7 +82,7 @@ def read_request(flags: Flags, base: Base) -> dict[str, Any]:
         "width": width, "height": height, "num_frames": flags["frames"], "num_steps": flags["steps"],
         "guidance_high": flags["guidance"], "guidance_low": guidance_low,
         **{name: flags[name] for name in ("prompt", "negative_prompt", "task", "fps", "shift", "solver", "noise_device",
-                                          "lead_steps", "guidance_lead")},
+                                          "lead_steps", "guidance_lead", "guidance_start", "guidance_stop")},
     }  # fmt: skip
     settings = {**base.request, **given(**asked)}
     if flags["prompt"] is not None:

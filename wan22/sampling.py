@@ -112,7 +112,9 @@ def plan_steps(request: Request) -> list[Step]:
         lora if lora.lead_strength is None else replace(lora, strength=lora.lead_strength) for lora in request.loras
     )
     lead = [replace(step, guidance=request.guidance_lead, loras=loras) for step in steps[: request.lead_steps]]
-    return lead + steps[request.lead_steps :]
+    steps = lead + steps[request.lead_steps :]
+    start, stop = request.guidance_start * request.num_steps, request.guidance_stop * request.num_steps
+    return [step if start <= step.index < stop else replace(step, guidance=1.0) for step in steps]
 
 
 def describe_split(steps: Sequence[Step], experts: tuple[str, str]) -> str:
