@@ -99,7 +99,7 @@ def test_at_the_command_line(capsys, monkeypatch, tmp_path):
     assert (code, "error: --precision fast: needs a GPU" in err, "hint:" in err) == (2, True, True)
     code, _, err = run(capsys, *SMALL, "--precision", "best")
     assert (code, "known: exact, high, fast" in err) == (2, True)
-    code, out, _ = run(capsys, *SMALL, "--dtype", "int8", "--scope", "ffn", "--attention", "int8", "--step-cache", "0.1",
+    code, out, _ = run(capsys, *SMALL, "--dtype", "int8", "--scope", "ffn", "--attention", "int8", "--step-cache", ".1",
                        "--output", "a.mp4")  # fmt: skip
     assert (code, out) == (0, "a.mp4\n")
     _, out, _ = run(capsys, "show", "a.mp4")
