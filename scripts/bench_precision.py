@@ -53,8 +53,8 @@ def recipes(capability: tuple[int, int]) -> Iterator[tuple[str, Precision]]:
     for kind, attention in [*kinds, ("int8", "int8-bf16")]:
         yield f"{kind} ffn", Precision(kind, scope="ffn")
         yield f"{kind} all", Precision(kind, scope="all")
-        yield f"{kind} ffn, {attention} attention", Precision(kind, attention, "ffn")
-        yield f"{kind} all, {attention} attention", Precision(kind, attention, "all")
+        yield f"{kind} ffn, {attention} attention", Precision(kind, attention, scope="ffn")
+        yield f"{kind} all, {attention} attention", Precision(kind, attention, scope="all")
     yield "int8 attention", Precision("bf16", "int8")
 
 
@@ -120,8 +120,8 @@ def time_products(clock: "Clock", length: int, config: TransformerConfig, kinds:
                 yield row("fp8, exact sums", clock(run))
                 product_8bit.FAST_ACCUMULATION = True
             else:
-                for product_8bit.OPTIONS in (product_8bit.LARGE, product_8bit.SMALL, *INT8_OPTIONS):
-                    said = " ".join(map(str, product_8bit.OPTIONS.values()))
+                for options in (product_8bit.LARGE, product_8bit.SMALL, *INT8_OPTIONS):
+                    product_8bit.OPTIONS, said = options, " ".join(map(str, options.values()))
                     try:
                         yield row(f"int8, {said}", clock(run))
                     except Exception as why:  # too large for this card
@@ -261,8 +261,8 @@ def drifts(where: str, device: str, count: int, capability: tuple[int, int], set
     tried = [
         *recipes(capability),
         *((f"step cache {x:g}", Precision("bf16", step_cache=x)) for x in thresholds),
-        *((f"fast: {fast} all, {attention} attention, step cache {x:g}", Precision(fast, attention, "all", x))
-          for x in thresholds),
+        *((f"fast: {fast} all, {attention} attention, step cache {x:g}",
+           Precision(fast, attention, scope="all", step_cache=x)) for x in thresholds),
         ("guidance till 0.8 of the steps", Precision("bf16")),
     ]  # fmt: skip
     for name, precision in tried:

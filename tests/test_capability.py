@@ -16,8 +16,8 @@ HOPPER, ADA, AMPERE, GAMING_AMPERE, TURING = (9, 0), (8, 9), (8, 0), (8, 6), (7,
 ])  # fmt: skip
 def test_presets(card, weights, attention):
     fast, high, exact = (resolve(Precision(**preset(name, card)), "cuda", card) for name in ("fast", "high", "exact"))
-    assert fast == Precision(weights, attention, "all", capability.FAST_STEP_CACHE)
-    assert high == Precision(weights, attention, "ffn", 0.0)
+    assert fast == Precision(weights, attention, scope="all", step_cache=capability.FAST_STEP_CACHE)
+    assert high == Precision(weights, attention, scope="ffn")
     assert exact == Precision("bf16")
 
 
@@ -52,7 +52,7 @@ def test_forms():
     assert resolve(Precision(attention="int8"), "cuda", ADA).attention == "int8"
     assert resolve(Precision("int8"), "cuda", AMPERE).scope == "all"
     on_cpu = resolve(Precision("int8", "int8", step_cache=0.1), "cpu", None)
-    assert on_cpu == Precision("int8", "int8", "all", 0.1)
+    assert on_cpu == Precision("int8", "int8", scope="all", step_cache=0.1)
 
 
 def fake(monkeypatch, card):
@@ -61,7 +61,7 @@ def fake(monkeypatch, card):
 
 
 FLAGS = {"precision": None, "dtype": None, "scope": None, "attention": None, "step_cache": None, "device": None,
-         "convert_model_dtype": False}  # fmt: skip
+         "convert_model_dtype": False, "vae_dtype": None}  # fmt: skip
 
 
 def read(base=options.Base({}, {}, {}), **flags):  # noqa: B008
@@ -70,11 +70,11 @@ def read(base=options.Base({}, {}, {}), **flags):  # noqa: B008
 
 def test_flags_over_a_preset_over_a_base(monkeypatch):
     fake(monkeypatch, HOPPER)
-    assert read(precision="fast") == Precision("fp8", "int8", "all", capability.FAST_STEP_CACHE)
-    assert read(precision="fast", step_cache=0.0, scope="ffn") == Precision("fp8", "int8", "ffn", 0.0)
-    assert read(precision="fast", dtype="bf16") == Precision("bf16", "int8", None, capability.FAST_STEP_CACHE)
+    assert read(precision="fast") == Precision("fp8", "int8", scope="all", step_cache=capability.FAST_STEP_CACHE)
+    assert read(precision="fast", step_cache=0.0, scope="ffn") == Precision("fp8", "int8", scope="ffn")
+    assert read(precision="fast", dtype="bf16") == Precision("bf16", "int8", step_cache=capability.FAST_STEP_CACHE)
     base = options.Base({}, {"weights": "fp8", "scope": "all", "attention": "fa3"}, {})
-    assert read(base) == Precision("fp8", "fa3", "all")
+    assert read(base) == Precision("fp8", "fa3", scope="all")
     assert read(base, dtype="float32") == Precision("float32", "fa3")
     assert read(base, precision="exact") == Precision()
     with pytest.raises(RequestError, match="--scope ffn"):

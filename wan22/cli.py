@@ -355,7 +355,7 @@ def plan(
     json_lines: Annotated[bool, typer.Option("--json", help="Every term, in bytes, as one JSON object.")] = False,
 ) -> None:
     """Say what a video needs of memory and disk, and which placement it would take; exit 3 when nothing fits."""
-    flags = {**dict(locals()), "attention": None, "step_cache": None, "convert_model_dtype": False,
+    flags = {**dict(locals()), "attention": None, "step_cache": None, "convert_model_dtype": False, "vae_dtype": None,
              "device": "cpu" if gpu_memory == "0" else None}  # fmt: skip
     # A card that is only imagined can do all that there is.
     precise = read_precision(flags, Base({}, {}, {}), ADA if gpu_memory not in (None, "0") else None)
