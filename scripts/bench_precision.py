@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,26 +71,26 @@ def check_kernels(device: torch.device, config: TransformerConfig, length: int, 
     width, wide = config.dim, config.ffn_dim
     x, y, h = draw(1, length, width), draw(1, length, width, dtype=torch.bfloat16), draw(1, length, wide)
     vector = [0.3 * draw(1, 1, width) for _ in range(3)]
+    bias, weight, flat = draw(wide, dtype=torch.bfloat16), draw(wide, width), [one.flatten() for one in vector]
     for kind in kinds:
         dtype = KINDS[kind]
-        bias = draw(wide, dtype=torch.bfloat16)
-        weight = quantize_rows_plain(draw(wide, width), dtype)
-        rows = quantize_rows_plain(x, dtype)
+        rows, columns = quantize_rows_plain(x, dtype), quantize_rows_plain(weight, dtype)
         cases: dict[str, Callable[[], Any]] = {
-            "quantize_rows": lambda dtype=dtype: quantize_rows(y, dtype),
-            "norm_modulate": lambda dtype=dtype: norm_modulate(x, vector[0], vector[1], EPS, dtype),
-            "gated_residual_norm": lambda dtype=dtype: gated_residual_norm(
-                x.clone(), y, vector[2], vector[0].flatten(), vector[1].flatten(), EPS, dtype)[1],
-            "gated_residual_norm_modulate": lambda dtype=dtype: gated_residual_norm_modulate(
-                x.clone(), y, None, vector[0], vector[1], EPS, dtype)[1],
-            "gelu": lambda dtype=dtype: gelu(h.bfloat16(), dtype),
-            "product": lambda rows=rows, weight=weight, bias=bias: product_8bit.product_8bit(rows, *weight, bias),
+            "quantize_rows": partial(quantize_rows, y, dtype),
+            "norm_modulate": partial(norm_modulate, x, vector[0], vector[1], EPS, dtype),
+            "gated_residual_norm": partial(gated_residual_norm, x, y, vector[2], flat[0], flat[1], EPS, dtype),
+            "gated_residual_norm_modulate": partial(
+                gated_residual_norm_modulate, x, y, None, vector[0], vector[1], EPS, dtype),
+            "gelu": partial(gelu, h.bfloat16(), dtype),
+            "product": partial(product_8bit.product_8bit, rows, columns.values, columns.scale, bias),
         }  # fmt: skip
         for name, run in cases.items():
-            forms = []
+            forms, before = [], x.clone()  # the residual sums write into x
             for dispatch.MODE in ("triton", "plain"):
+                x.copy_(before)
                 out = run()
-                forms.append(out.float() if isinstance(out, Quantized | Tensor) else out)
+                rows_out = out if isinstance(out, Quantized | Tensor) else out[1]
+                forms.append(rows_out.float())
             dispatch.MODE = "auto" if device.type == "cuda" else "triton"
             error, largest = relative_error(*forms), (forms[0] - forms[1]).abs().max().item()
             # FP8 products are summed in fewer bits on Hopper; the interpreter loses FP8's carries.
@@ -113,7 +114,7 @@ def time_products(clock: "Clock", length: int, config: TransformerConfig, kinds:
         yield row("bf16", clock(lambda: torch.nn.functional.linear(x, weight, bias)))  # noqa: B023
         for kind in kinds:
             rows, columns = quantize_rows(x, KINDS[kind]), quantize_rows_plain(weight, KINDS[kind])
-            run = lambda: product_8bit.product_8bit(rows, *columns, bias)  # noqa: E731, B023
+            run = lambda: product_8bit.product_8bit(rows, columns.values, columns.scale, bias)  # noqa: E731, B023
             yield row(kind, clock(run))
             if kind == "fp8":
                 product_8bit.FAST_ACCUMULATION = False
@@ -181,7 +182,8 @@ def build(config: TransformerConfig, precision: Precision, dtype: torch.dtype, d
         model = WanTransformer(config, dtype)
     if eight_bit := eight_bit_of(precision):
         quantize(model, eight_bit)
-    wanted, state = model.state_dict(), {}
+    wanted: dict[str, Tensor] = model.state_dict()
+    state: dict[str, Tensor] = {}
     for names in side_by_side(wanted):
         rows = [len(wanted[name]) for name in names]
         first = wanted[names[0]]

@@ -36,7 +36,9 @@ WORK = [  # kernel, constants, tensors whose dtype is not float32
       for kernel in (gelu._quantize_kernel, rows._kernel)),
     *((product._kernel, {"C": 320, "GROUP": 8, **{name: number for name, number in blocks.items() if name.isupper()}},
        {"x": "*i8", "weight": "*i8", "bias": "*bf16", "out": "*bf16"}) for blocks in (product.LARGE, product.SMALL)),
-    (attention._rotate_kernel, {"D": 64, "ROWS": 64}, {"out": "*i8"}),
+    *((attention._rotate_kernel, {"D": 64, "ROWS": 64, "BLOCK": shared}, {"out": "*i8"}) for shared in (True, False)),
+    *((attention._transpose_kernel, {"D": 64, "ROWS": 64, "LARGEST": most}, {"v": "*bf16", "out": kind})
+      for most, kind in EIGHT),
     *((attention._attend_kernel, block | {"PV": pv}, {"v": kind, "out": "*bf16"})
       for pv, kind in enumerate(("*bf16", "*fp8e4nv", "*i8"))),
 ]
@@ -70,4 +72,4 @@ def test_kernels_compile(tmp_path):
     )  # fmt: skip
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 37
+    assert len(done.stdout.splitlines()) == 42
