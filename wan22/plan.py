@@ -88,7 +88,7 @@ def make_plan(
     precision = precision.resolve(device)
     item, sizes = ITEM[precision.weights], sizes.at(precision)
     fused = device == "cuda" if fused is None else fused
-    moments = block_moments(tokens_of(request), sizes, item, fused)
+    moments = block_moments(tokens_of(request), sizes, item, fused, precision.attention.startswith("int8"))
     moment = max(moments, key=lambda name: total(moments[name]))
     lasting = lasting_terms(request, sizes, item) | cache_terms(request, sizes, precision)
     activations = lasting | {f"{moment}: {name}": n for name, n in moments[moment].items()}

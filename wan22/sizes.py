@@ -108,9 +108,12 @@ def total(terms: Terms) -> int:
 
 
 # --- the terms -------------------------------------------------------------------------------------------------------
-def block_moments(tokens: int, sizes: Sizes, item: int, fused: bool) -> dict[str, Terms]:
+def block_moments(
+    tokens: int, sizes: Sizes, item: int, fused: bool, eight_bit_attention: bool = False
+) -> dict[str, Terms]:
     """What is alive at each moment of a block, beside weights and what lasts. fused: the Triton kernels work in place
-    or write only their result; the plain operations make float32 arrays on the way.
+    or write only their result; the plain operations make float32 arrays on the way. With 8-bit products an activation
+    before one takes half of what stands here.
 
     R is the residual stream, 4 · L · E bytes: updated in place. B is e · L · E: one activation in the weights' dtype.
     """
@@ -124,7 +127,8 @@ def block_moments(tokens: int, sizes: Sizes, item: int, fused: bool) -> dict[str
         "q k v": {"residual": r, "h": b, "q k v": 3 * b, "new q k": 2 * b if fused else b,
                   "float32 arrays": 0 if fused else 3 * r},
         # o(attend(q, k, v)): all alive till it returns, the packed product for v's sake
-        "attention": {"residual": r, "h": b, "q k v": 3 * b, "new q k": 2 * b, "attended": b, "o": b},
+        "attention": {"residual": r, "h": b, "q k v": 3 * b, "new q k": 2 * b, "attended": b, "o": b,
+                      **({"8-bit q k v": 3 * tokens * sizes.dim} if eight_bit_attention else {})},
         # x += y, then the norm of it
         "sum": {"residual": r, "y": b, "h": b, "float32 arrays": 0 if fused else 2 * r},
         # h, q, normed q, attended, o; keys and values are the prompt's, and last
