@@ -39,7 +39,7 @@ def build_text_encoder(vocabulary: int) -> Any:
 def attend_padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Cross-attention where the last of TRAINED_LEN rows stands for all the rows up to TEXT_LEN: they are alike."""
     bias = torch.zeros(k.shape[1], dtype=q.dtype, device=q.device)
-    bias[-1] = math.log(SPEC.text_len - TRAINED_LEN + 1)
+    bias[-1:].fill_(math.log(SPEC.text_len - TRAINED_LEN + 1))  # a fill, not a copy: it can be captured
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)

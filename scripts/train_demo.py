@@ -295,6 +295,8 @@ class Loss:
                 for _ in range(3):
                     self._step()
             torch.cuda.current_stream().wait_stream(side)
+            # The expert keeps the rotary table of one shape alone: the graph's must live as long as the graph.
+            self.table = expert.rotary._last
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self._step()
