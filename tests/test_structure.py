@@ -14,7 +14,7 @@ FLOORS = [
     {"items"},
     {"options"},
     {"pipeline", "convert", "download", "prompt_extend", "gallery"},
-    {"plan", "text_encoder", "sampling", "vae", "video", "contents"},
+    {"plan", "text_encoder", "sampling", "vae", "video", "contents", "random_weights", "rivals"},
     {"sizes"},
     {"experts", "state", "step_cache", "sheet"},
     {"streaming", "record"},
@@ -35,7 +35,7 @@ FLOORS = [
     {"journal"},
     {"names", "report", "verify", "claim"},
     {"memory"},
-    {"machine", "vae_sizes"},
+    {"machine", "vae_sizes", "work", "clock"},
     {"config"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}

@@ -4,6 +4,7 @@ Long options may be written with `-` or `_`. stdout carries data, stderr everyth
 while running, 2 wrong request, 3 does not fit, 130 and 143 interrupted. No traceback unless `--debug`.
 """
 
+import inspect
 import json
 import os
 import re
@@ -507,6 +508,45 @@ def parse_line(words: list[str]) -> dict[str, Any]:
     if wrong := sorted(given - set(OF_A_LINE)):
         raise RequestError(f"--{wrong[0].replace('_', '-')} is for the whole batch")
     return {name: context.params[name] for name in given}
+
+
+# What of a command that makes videos counts for its measurement too.
+IN_BENCH = (
+    "size", "frames", "steps", "dtype", "attention", "device", "offload", "gpu_memory_limit", "model", "ckpt_dir",
+)  # fmt: skip
+
+
+@app.command()
+@with_options_of(generate, without=set(inspect.signature(generate).parameters) - set(IN_BENCH))
+def bench(
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="diffusers, or published: their transformer on the same work. Repeatable."),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="So many blocks instead of the model's own.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Forwards timed; the median counts.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="One forward, its parts timed in it.")] = False,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Of diffusers the eager form alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    **flags: Any,
+) -> None:
+    """Measure one forward beside the floor that this device sets; random weights of the published size by default."""
+    flags = dict.fromkeys(inspect.signature(generate).parameters) | flags
+    base = Base({}, {}, {})
+    request = make_request(read_request(flags | {"prompt": "x"}, base))
+    # One expert at work, as in any run; both are for runs that cross the boundary.
+    precision, placement = read_precision(flags, base), read_placement(flags, Base({}, {}, {"offload": "expert"}))
+    from wan22 import bench as library
+
+    options = library.Options(against or (), not no_compile, repeats, quick)
+    checkpoint = library.checkpoint_for(read_checkpoint(flags, base, request.task) if model_named(flags) else None,
+                                        placement, layers)  # fmt: skip
+    for row in library.run(checkpoint, request, precision, placement, options):
+        print(json.dumps(row) if as_json else library.as_text(row), flush=True)
+
+
+def model_named(flags: dict[str, Any]) -> bool:
+    return bool(flags["model"] or flags["ckpt_dir"])
 
 
 @app.command()

@@ -312,11 +312,15 @@ def find_adapters(checkpoint: Checkpoint, placement: Placement) -> Adapters:
 
 
 def _device(name: str) -> torch.device:
+    """A placement's device; a GPU with its number, without which some of torch's functions refuse it. Raises
+    RequestError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RequestError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise RequestError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
 
 
