@@ -91,7 +91,7 @@ def test_what_cannot_be(run, small, monkeypatch):
         (("--against", "published", "--dtype", "bf16"), "runs on a GPU only"),
         (("--layers", "3"), "--layers is for random weights"), (("--frames", "6"), "4n + 1"),
     ):  # fmt: skip
-        code, out, err = run(*words)
+        code, _, err = run(*words)
         assert (code, said in err) == (2, True)
     with pytest.raises(RequestError, match="random weights lie in no file"):
         bench.checkpoint_for(None, Placement("cpu", "disk"), None)

@@ -17,7 +17,7 @@ FLOORS = [
     {"plan", "text_encoder", "sampling", "vae", "video", "contents", "random_weights", "rivals"},
     {"sizes"},
     {"experts", "state", "step_cache", "sheet"},
-    {"streaming", "record"},
+    {"streaming", "record", "vae_decoder"},
     {"load"},
     {"chunks"},
     {"checkpoint", "lora", "pack", "quantize", "parallel"},

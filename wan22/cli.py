@@ -155,6 +155,7 @@ def generate(
     from_file: Annotated[str | None, typer.Option("--from", help="Make the video of this file again.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Weights: auto, bf16, float32.")] = None,
     attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTIONS) + ".")] = None,
+    vae_dtype: Annotated[str | None, typer.Option(help="float32 (default, exact), or bf16 (50 dB PSNR).")] = None,
     convert_model_dtype: Annotated[
         bool, typer.Option("--convert-model-dtype", help="Experts in bf16 (what a GPU does anyway).")
     ] = False,
@@ -377,7 +378,9 @@ def decode(
     from wan22.report import ConsoleReporter, JsonReporter
 
     limit = parse_bytes("--gpu-memory-limit", gpu_memory_limit) if gpu_memory_limit else None
-    pipeline = Pipeline(checkpoint, Precision(), Placement(device, gpu_memory_limit=limit))
+    made_with = record.get("precision")
+    vae_dtype = made_with.get("vae") if isinstance(made_with, dict) else None
+    pipeline = Pipeline(checkpoint, Precision(**given(vae=vae_dtype)), Placement(device, gpu_memory_limit=limit))
     reporter = JsonReporter() if json_lines else ConsoleReporter()
     path = pipeline.decode_file(Path(latents), Path(output) if output else None, overwrite, reporter)
     reporter.finished(str(path))
@@ -512,7 +515,8 @@ def parse_line(words: list[str]) -> dict[str, Any]:
 
 # What of a command that makes videos counts for its measurement too.
 IN_BENCH = (
-    "size", "frames", "steps", "dtype", "attention", "device", "offload", "gpu_memory_limit", "model", "ckpt_dir",
+    "size", "frames", "steps", "dtype", "attention", "vae_dtype", "device", "offload", "gpu_memory_limit", "model",
+    "ckpt_dir",
 )  # fmt: skip
 
 

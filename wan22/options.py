@@ -99,7 +99,8 @@ def read_request(flags: Flags, base: Base) -> dict[str, Any]:
 def read_precision(flags: Flags, base: Base) -> Precision:
     """Raises RequestError."""
     weights = flags["dtype"] or ("bf16" if flags["convert_model_dtype"] else None)
-    return Precision.from_dict({**base.precision, **given(weights=weights, attention=flags["attention"])})
+    return Precision.from_dict({**base.precision, **given(weights=weights, attention=flags["attention"],
+                                                                  vae=flags["vae_dtype"])})  # fmt: skip
 
 
 def read_placement(flags: Flags, base: Base) -> Placement:

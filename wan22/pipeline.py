@@ -270,11 +270,13 @@ class Pipeline:
         """Latents → chunks of frames [F, H, W, 3] uint8, as they come. Raises RunError."""
         reporter = reporter or Reporter()
         tiles: Grid = (1, 1)
+        dtype = DTYPES[self.precision.vae]
         for beside in ("experts", "nothing"):
-            tiles = pick_tiles(latents.shape, self.sizes, self.experts.memory.free(self.placement.gpu_memory_limit))
+            free = self.experts.memory.free(self.placement.gpu_memory_limit)
+            tiles = pick_tiles(latents.shape, self.sizes, free, dtype.itemsize)
             if tiles != (1, 1) and beside == "experts":
                 self.experts.release()
-        vae = VideoVAE(self.checkpoint, self.device)
+        vae = VideoVAE(self.checkpoint, self.device, dtype)
         for chunk in vae.decode(latents.to(self.device), tiles, reporter.warn):
             yield to_uint8(chunk)
 

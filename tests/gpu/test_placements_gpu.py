@@ -130,16 +130,16 @@ def test_a_device_without_a_number():
 
 def test_memory_that_cannot_be_pinned(cuda, monkeypatch):
     """The error is told once, and is not taken for the next kernel's."""
-    array = memory._mapped(1 << 20)
-    monkeypatch.setattr(memory, "_mapped", lambda nbytes: array)
+    array, mapped = [memory._mapped(1 << 20)], memory._mapped
+    monkeypatch.setattr(memory, "_mapped", lambda nbytes: array[0])
     ours = CudaMemory(cuda)
     first = ours.host(1 << 20)
     assert first.is_pinned()
     with pytest.raises(MemoryError, match="cannot be pinned"):
         ours.host(1 << 20)  # is pinned already
     assert torch.ones(4, device=cuda).sum().item() == 4
-    monkeypatch.undo()
-    del first, array
+    monkeypatch.setattr(memory, "_mapped", mapped)
+    del first, array[0]
     other = ours.host(12345)
     other.copy_(torch.from_numpy(np.arange(12345) % 251))
     target = ours.empty(12345)
