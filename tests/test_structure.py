@@ -11,7 +11,7 @@ from conftest import ROOT
 FLOORS = [
     {"cli"},
     {"batch", "bench", "compare"},
-    {"items"},
+    {"items", "bench_parts", "bench_memory"},
     {"options"},
     {"pipeline", "convert", "download", "prompt_extend", "gallery"},
     {"plan", "text_encoder", "sampling", "vae", "video", "contents", "random_weights", "rivals"},

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan22 import work
+from wan22 import bench_parts, work
 from wan22.attention import BACKENDS, Attend, find, functions, limit, reference, relative_error
 from wan22.checkpoint import Checkpoint, Expert
 from wan22.clock import Clock, PartTimes
@@ -38,30 +38,43 @@ SEED = 1
 @dataclass(frozen=True)
 class Options:
     """against: other programs (rivals.py); compiled: them compiled too; repeats: forwards timed, of which the median
-    counts; quick: one forward, its parts timed in it."""
+    counts; quick: one forward, its parts timed in it; forward: whether there is one at all; vae, text: decoding and
+    encoding too.
+    """
 
     against: Sequence[str] = ()
     compiled: bool = True
     repeats: int = 2
     quick: bool = False
+    forward: bool = True
+    vae: bool = False
+    text: bool = False
 
 
 def run(
-    checkpoint: Checkpoint, request: Request, precision: Precision, placement: Placement, options: Options,
-    extra: Sequence[Callable[[Pipeline, Request], Iterator[Row]]] = (),
-) -> Iterator[Row]:  # fmt: skip
-    """The rows. extra: other measurements, whose `phase` rows count for the whole run. Raises RequestError, DoesNotFit.
-    """
+    checkpoint: Checkpoint, request: Request, precision: Precision, placement: Placement, options: Options
+) -> Iterator[Row]:
+    """The rows. Raises RequestError, DoesNotFit."""
     pipeline = Pipeline(checkpoint, precision, placement)
     for name in options.against:
         check_rival(name, pipeline.device, pipeline.dtype)
-    yield from forward_rows(pipeline, request, options, extra)
+    if not options.forward:
+        yield from other_rows(pipeline, request, options)
+    else:
+        yield from forward_rows(pipeline, request, options)
+
+
+def other_rows(pipeline: Pipeline, request: Request, options: Options) -> Iterator[Row]:
+    """What a run does beside its steps."""
+    if options.text:
+        yield from bench_parts.text_rows(pipeline, request)
+    if options.vae:
+        yield from bench_parts.decode_rows(pipeline, request, "diffusers" in options.against)
 
 
 @torch.inference_mode()
-def forward_rows(
-    pipeline: Pipeline, request: Request, options: Options, extra: Sequence[Any] = ()
-) -> Iterator[Row]:
+def forward_rows(pipeline: Pipeline, request: Request, options: Options) -> Iterator[Row]:
+    """The ceilings, the floor, the forward, the run that it makes, and others' forwards."""
     pipeline.choose_attention(request)
     option = option_for(pipeline, request)
     expert = next(iter(pipeline.checkpoint.experts.values()))
@@ -104,10 +117,9 @@ def forward_rows(
     pipeline.experts.release()
 
     phases = {"denoise": evaluations(request) * seconds}
-    for measure in extra:
-        for row in measure(pipeline, request):
-            phases |= {row["name"]: row["seconds"]} if row["kind"] == "phase" else {}
-            yield row
+    for row in other_rows(pipeline, request, options):
+        phases |= {row["name"]: row["seconds"]} if row["kind"] == "phase" else {}
+        yield row
     yield {"kind": "run", "steps": request.num_steps, "evaluations": evaluations(request), "phases": phases,
            "seconds": sum(phases.values())}  # fmt: skip
     for name in options.against:
@@ -367,11 +379,7 @@ def _run(row: Row) -> str:
     return f"{name:<32}{row['seconds']:26.1f}  extrapolated: {phases}"
 
 
-def _phase(row: Row) -> str:
-    return f"{row['name'] + ', ' + row['form']:<32}{row['seconds']:26.3f}  {row['told']}"
-
-
 _TEXTS: dict[str, Callable[[Row], str]] = {
     "work": _work, "product": _product, "attention": _attention, "floor": _floor, "forward": _forward,
-    "parts": _parts, "run": _run, "phase": _phase,
+    "parts": _parts, "run": _run, "phase": bench_parts.as_text, "decode": bench_parts.as_text,
 }  # fmt: skip

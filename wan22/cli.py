@@ -531,6 +531,9 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Forwards timed; the median counts.")] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="One forward, its parts timed in it.")] = False,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Of diffusers the eager form alone.")] = False,
+    decoding: Annotated[bool, typer.Option("--decode", help="Decoding too; --against diffusers: by both.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Encoding of two prompts too.")] = False,
+    no_forward: Annotated[bool, typer.Option("--no-forward", help="Only --decode and --text.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     **flags: Any,
 ) -> None:
@@ -542,7 +545,9 @@ def bench(
     precision, placement = read_precision(flags, base), read_placement(flags, Base({}, {}, {"offload": "expert"}))
     from wan22 import bench as library
 
-    options = library.Options(against or (), not no_compile, repeats, quick)
+    if no_forward and not decoding and not text:
+        raise RequestError("--no-forward leaves nothing to measure", hint="add --decode or --text")
+    options = library.Options(against or (), not no_compile, repeats, quick, not no_forward, decoding, text)
     checkpoint = library.checkpoint_for(read_checkpoint(flags, base, request.task) if model_named(flags) else None,
                                         placement, layers)  # fmt: skip
     for row in library.run(checkpoint, request, precision, placement, options):
