@@ -152,3 +152,45 @@ def test_wrong_numbers_are_no_ceiling(monkeypatch):
     config = TransformerConfig(dim=32, ffn_dim=32, num_heads=2, num_layers=1)
     rows = list(bench.ceiling_rows(bench.Clock(CPU), config, 40, torch.float32, 1))
     assert "wrong numbers" in rows[-1]["absent"]
+
+
+def test_memory(run):
+    """On a CPU the counting allocator says what the weights took; the prediction is made of the same pieces."""
+    rows = "64x64:none,64x64:expert,64x64:block,64x64:disk"
+    code, out, _ = run("--frames", "5", "--memory", "--rows", rows, "--json")
+    table = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [row["offload"] for row in table] == ["none", "expert", "block", "disk"]
+    for row in table:
+        assert row["stayed"]
+        assert list(row["phases"]) == ["text", "denoise", "decode"]
+        # Pieces are aligned to 256 bytes, which counts where models are tiny.
+        assert row["counted_weights"] == pytest.approx(row["predicted_weights"], rel=0.05)
+    code, out, _ = run("--memory", "--rows", "64x64:none")
+    assert (code, "64x64 none" in out.splitlines()[-1]) == (0, True)
+    code, out, _ = run("--memory", "--rows", "16384x16384:none")
+    assert (code, "it does not fit" in out) == (0, True)
+
+
+@pytest.mark.parametrize("rows", ["720p", "720p:both", "x:none", "720p:none:much", "720p:none:1GiB:2"])
+def test_rows_that_are_none(run, rows):
+    assert run("--memory", "--rows", rows)[0] == 2
+
+
+def test_both_experts_work_in_the_two_steps():
+    from wan22.bench_memory import SHIFT, STEPS
+    from wan22.sampling import plan_steps
+
+    assert [step.expert for step in plan_steps(Request("x", num_steps=STEPS, shift=SHIFT))] == [
+        "high_noise_model", "low_noise_model"]  # fmt: skip
+
+
+def test_decoding_and_text(run):
+    code, out, _ = run("--frames", "9", "--no-forward", "--decode", "--text", "--against", "diffusers", "--json")
+    table = {(row["name"], row["form"]): row for row in map(json.loads, out.splitlines())}
+    assert code == 0
+    assert list(table) == [("text", "float32"), ("decode", "float32"), ("decode", "diffusers float32"),
+                           ("decode", "bf16"), ("decode", "diffusers bf16")]  # fmt: skip
+    assert table["decode", "diffusers float32"]["psnr"] > 100
+    assert table["decode", "bf16"]["psnr"] > max(50, table["decode", "diffusers bf16"]["psnr"])
+    assert run("--no-forward")[0] == 2

@@ -534,6 +534,10 @@ def bench(
     decoding: Annotated[bool, typer.Option("--decode", help="Decoding too; --against diffusers: by both.")] = False,
     text: Annotated[bool, typer.Option("--text", help="Encoding of two prompts too.")] = False,
     no_forward: Annotated[bool, typer.Option("--no-forward", help="Only --decode and --text.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Memory instead: predicted and measured.")] = False,
+    rows: Annotated[
+        str | None, typer.Option(metavar="SIZE:OFFLOAD[:LIMIT],…", help="Of --memory: 720p:block:16GiB,480p:none.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     **flags: Any,
 ) -> None:
@@ -550,8 +554,19 @@ def bench(
     options = library.Options(against or (), not no_compile, repeats, quick, not no_forward, decoding, text)
     checkpoint = library.checkpoint_for(read_checkpoint(flags, base, request.task) if model_named(flags) else None,
                                         placement, layers)  # fmt: skip
-    for row in library.run(checkpoint, request, precision, placement, options):
-        print(json.dumps(row) if as_json else library.as_text(row), flush=True)
+    measured = library.run(checkpoint, request, precision, placement, options)
+    as_text = library.as_text
+    if rows and not memory:
+        raise RequestError("--rows is for --memory")
+    if memory:
+        from wan22 import bench_memory
+
+        measured = bench_memory.run(checkpoint, request, precision, placement, rows.split(",") if rows else ())
+        as_text = bench_memory.as_text
+        if not as_json:
+            print(bench_memory.HEAD, flush=True)
+    for row in measured:
+        print(json.dumps(row) if as_json else as_text(row), flush=True)
 
 
 def model_named(flags: dict[str, Any]) -> bool:
