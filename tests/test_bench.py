@@ -10,7 +10,8 @@ from wan22 import bench, cli, rivals, work
 from wan22.attention import attend
 from wan22.config import Placement, Precision, Request, RequestError
 from wan22.model import TransformerConfig
-from wan22.random_weights import RandomTensors, random_checkpoint, text_shapes
+from wan22.part_shapes import text_encoder_shapes
+from wan22.random_weights import RandomTensors, random_checkpoint
 from wan22.sizes import Sizes
 
 CPU = torch.device("cpu")
@@ -127,7 +128,7 @@ def test_random_weights(small):
     assert next(row for row in rows if row["kind"] == "forward")["finite"]
     assert isinstance(tensors, RandomTensors)
     published = Sizes.published()
-    assert sum(torch.Size(shape).numel() for shape in text_shapes().values()) == pytest.approx(
+    assert sum(torch.Size(shape).numel() for shape in text_encoder_shapes().values()) == pytest.approx(
         published.text_encoder, rel=1e-3)  # fmt: skip
 
 

@@ -35,7 +35,7 @@ FLOORS = [
     {"journal"},
     {"names", "report", "verify", "claim"},
     {"memory"},
-    {"machine", "vae_sizes", "work", "clock"},
+    {"machine", "vae_sizes", "work", "clock", "part_shapes"},
     {"config"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}

@@ -19,7 +19,7 @@ from torch import Tensor
 from wan22.checkpoint import EXPERTS, TOKENIZER, Checkpoint, Expert
 from wan22.config import configs_dir, data_dir
 from wan22.model import TransformerConfig, WanTransformer
-from wan22.tensor_names import published_vae_name
+from wan22.part_shapes import text_encoder_shapes, vae_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 DRAWN = 1 << 22  # numbers at a time: 16 MiB beside the target
@@ -73,7 +73,7 @@ def random_checkpoint(
 ) -> Checkpoint:  # fmt: skip
     """Both experts, text encoder and VAE of the published sizes, in no memory yet; the tokenizer is the demo's.
 
-    layers, sizes, text: other numbers than the published ones, by `TransformerConfig`'s and `text_shapes`' names.
+    layers, sizes, text: other numbers than the published ones, by `TransformerConfig`'s and `text_encoder_shapes`'.
     """
     config = json.loads((configs_dir() / "Wan2.2-T2V-A14B" / EXPERTS[0] / "config.json").read_text(encoding="utf-8"))
     config |= {**(sizes or {}), **({"num_layers": layers} if layers else {})}
@@ -87,29 +87,6 @@ def random_checkpoint(
     }  # fmt: skip
     return Checkpoint(
         Path("random"), "random", experts,
-        RandomTensors(Path("random text encoder"), text_shapes(**(text or {})), device),
+        RandomTensors(Path("random text encoder"), text_encoder_shapes(**(text or {})), device),
         RandomTensors(Path("random VAE"), vae_shapes(vae_width), device), data_dir("demo") / TOKENIZER,
     )  # fmt: skip
-
-
-def text_shapes(
-    vocab: int = 256384, width: int = 4096, ffn: int = 10240, heads: int = 64, layers: int = 24
-) -> Shapes:
-    """A UMT5 encoder's shapes under its published names; UMT5-XXL's by default."""
-    shapes: dict[str, tuple[int, ...]] = {"token_embedding.weight": (vocab, width), "norm.weight": (width,)}
-    for i in range(layers):
-        shapes |= {f"blocks.{i}.attn.{x}.weight": (width, width) for x in "qkvo"}
-        shapes |= {f"blocks.{i}.norm{n}.weight": (width,) for n in (1, 2)}
-        shapes |= {f"blocks.{i}.ffn.{x}.weight": (ffn, width) for x in ("gate.0", "fc1")}
-        shapes |= {f"blocks.{i}.ffn.fc2.weight": (width, ffn)}
-        shapes |= {f"blocks.{i}.pos_embedding.embedding.weight": (32, heads)}
-    return shapes
-
-
-def vae_shapes(width: int = 96) -> Shapes:
-    """The Wan2.1 VAE's shapes under its published names."""
-    from diffusers import AutoencoderKLWan
-
-    with torch.device("meta"):
-        state = AutoencoderKLWan(base_dim=width).state_dict()  # type: ignore[attr-defined]
-    return {published_vae_name(name): tuple(tensor.shape) for name, tensor in state.items()}

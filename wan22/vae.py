@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from wan22.checkpoint import Checkpoint
 from wan22.config import RequestError, RunError
 from wan22.memory import OUT_OF_MEMORY
+from wan22.part_shapes import vae_shapes
 from wan22.tensor_files import check_names
 from wan22.tensor_names import vae_name
 from wan22.vae_decoder import Cache, local, middle, prepare
@@ -154,20 +155,22 @@ def to_uint8(frames: Tensor) -> np.ndarray:
 
 def check_vae(checkpoint: Checkpoint) -> None:
     """Names and shapes of the VAE's file, without reading a weight. Raises RequestError."""
-    source = checkpoint.vae
-    found = {vae_name(name): shape for name, shape in source.shapes.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in _empty(checkpoint).state_dict().items()}
-    check_names(str(source.path), found, wanted)
+    check_names(str(checkpoint.vae.path), checkpoint.vae.shapes, vae_shapes(*_sizes(checkpoint)))
+
+
+def _sizes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Base width and latent channels, which the tensors say. Raises RequestError."""
+    shapes = checkpoint.vae.shapes
+    try:
+        return shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
+    except (KeyError, IndexError) as error:
+        raise RequestError(f"{checkpoint.vae.path}: not a Wan VAE: misses {error}") from None
 
 
 def _empty(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # diffusers comes late
-    """The model on `meta`; its width and channels are what the tensors say, the rest is diffusers' default."""
+    """The model on `meta`; what the tensors do not say is diffusers' default."""
     from diffusers import AutoencoderKLWan
 
-    shapes = checkpoint.vae.shapes
-    try:
-        width, channels = shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
-    except KeyError as error:
-        raise RequestError(f"{checkpoint.vae.path}: not a Wan VAE: misses {error}") from None
+    width, channels = _sizes(checkpoint)
     with torch.device("meta"):
         return AutoencoderKLWan(base_dim=width, z_dim=channels)
