@@ -166,6 +166,9 @@ def generate(
     gpu_memory_limit: Annotated[str | None, typer.Option(help="GPU memory to make do with: 16GiB.")] = None,
     offload_model: Annotated[str | None, typer.Option(metavar="BOOL", help="True: --offload expert.")] = None,
     t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
+    no_prompt_cache: Annotated[
+        bool, typer.Option("--no-prompt-cache", help="Encode prompts that were encoded before, and keep none.")
+    ] = False,
     dit_fsdp: Annotated[bool, typer.Option("--dit-fsdp", help="Shard the experts (under torchrun).")] = False,
     t5_fsdp: Annotated[bool, typer.Option("--t5-fsdp", help="Shard the text encoder (under torchrun).")] = False,
     ulysses_size: Annotated[int, typer.Option(help="GPUs that share one sequence (under torchrun).")] = 1,

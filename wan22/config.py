@@ -361,6 +361,7 @@ class Placement(_Settings):
     lora_dir: str | None = None
     gpu_memory_limit: int | None = None
     save_every: float = 30.0
+    prompt_cache: bool = True
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
