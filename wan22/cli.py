@@ -516,10 +516,10 @@ def parse_line(words: list[str]) -> dict[str, Any]:
     return {name: context.params[name] for name in given}
 
 
-# What of a command that makes videos counts for its measurement too.
+# What of a command that makes videos counts for its measurement too, where generate has it.
 IN_BENCH = (
-    "size", "frames", "steps", "dtype", "attention", "vae_dtype", "device", "offload", "gpu_memory_limit", "model",
-    "ckpt_dir",
+    "size", "frames", "steps", "guidance", "guidance_low", "guidance_start", "guidance_stop", "precision", "dtype",
+    "scope", "attention", "vae_dtype", "device", "offload", "gpu_memory_limit", "model", "ckpt_dir",
 )  # fmt: skip
 
 
@@ -528,10 +528,12 @@ IN_BENCH = (
 def bench(
     against: Annotated[
         list[str] | None,
-        typer.Option(help="diffusers, or published: their transformer on the same work. Repeatable."),
+        typer.Option(metavar="NAME", help="diffusers, or published: their transformer on the same work. Repeatable."),
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="So many blocks instead of the model's own.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Forwards timed; the median counts.")] = 2,
+    layers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="So many blocks of random weights, instead of 40.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Forwards timed; the median counts.")] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="One forward, its parts timed in it.")] = False,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Of diffusers the eager form alone.")] = False,
     decoding: Annotated[bool, typer.Option("--decode", help="Decoding too; --against diffusers: by both.")] = False,
