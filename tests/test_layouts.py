@@ -677,3 +677,24 @@ def test_the_golden_checkpoint_is_as_published():
     checkpoint = open_checkpoint(TINY)
     assert {layout_of(expert.tensors) for expert in checkpoint.experts.values()} == {"published"}
     assert checkpoint.warnings == []
+
+
+def test_parts_have_the_shapes_that_the_libraries_give_them():
+    """What is checked without building a model is what the models are."""
+    from diffusers import AutoencoderKLWan
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    from wan22.part_shapes import text_encoder_shapes, text_encoder_sizes, vae_shapes
+    from wan22.tensor_names import published_vae_name, text_encoder_name
+
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(base_dim=24, z_dim=8).state_dict()
+        text = UMT5EncoderModel(UMT5Config(vocab_size=30, d_model=16, d_kv=4, num_heads=3, d_ff=20, num_layers=2,
+                                           relative_attention_num_buckets=5)).state_dict()  # fmt: skip
+    assert vae_shapes(24, 8) == {published_vae_name(name): tuple(tensor.shape) for name, tensor in vae.items()}
+    sizes = {"vocab": 30, "width": 16, "ffn": 20, "heads": 3, "layers": 2, "inner": 12, "buckets": 5}
+    shapes = text_encoder_shapes(**sizes)
+    text.pop("encoder.embed_tokens.weight")
+    assert {text_encoder_name(name): shape for name, shape in shapes.items()} == {
+        name: tuple(tensor.shape) for name, tensor in text.items()}  # fmt: skip
+    assert text_encoder_sizes(shapes) == sizes

@@ -11,13 +11,14 @@ from conftest import ROOT
 FLOORS = [
     {"cli"},
     {"batch", "bench", "compare"},
-    {"items"},
+    {"items", "bench_parts", "bench_memory"},
     {"options"},
     {"pipeline", "convert", "download", "prompt_extend", "gallery"},
-    {"plan", "text_encoder", "sampling", "vae", "video", "contents"},
+    {"plan", "text_encoder", "sampling", "vae", "video", "contents", "random_weights", "rivals",
+     "prompt_cache"},
     {"sizes"},
     {"experts", "state", "step_cache", "sheet"},
-    {"streaming", "record"},
+    {"streaming", "record", "vae_decoder"},
     {"load"},
     {"chunks"},
     {"checkpoint", "lora", "pack", "quantize", "parallel"},
@@ -35,7 +36,7 @@ FLOORS = [
     {"journal"},
     {"names", "report", "verify", "claim"},
     {"memory"},
-    {"machine", "vae_sizes"},
+    {"machine", "vae_sizes", "work", "clock", "part_shapes"},
     {"config"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}

@@ -4,6 +4,7 @@ Long options may be written with `-` or `_`. stdout carries data, stderr everyth
 while running, 2 wrong request, 3 does not fit, 130 and 143 interrupted. No traceback unless `--debug`.
 """
 
+import inspect
 import json
 import os
 import re
@@ -154,6 +155,7 @@ def generate(
     from_file: Annotated[str | None, typer.Option("--from", help="Make the video of this file again.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Weights: auto, bf16, float32.")] = None,
     attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTIONS) + ".")] = None,
+    vae_dtype: Annotated[str | None, typer.Option(help="float32 (default, exact), or bf16 (50 dB PSNR).")] = None,
     convert_model_dtype: Annotated[
         bool, typer.Option("--convert-model-dtype", help="Experts in bf16 (what a GPU does anyway).")
     ] = False,
@@ -164,6 +166,9 @@ def generate(
     gpu_memory_limit: Annotated[str | None, typer.Option(help="GPU memory to make do with: 16GiB.")] = None,
     offload_model: Annotated[str | None, typer.Option(metavar="BOOL", help="True: --offload expert.")] = None,
     t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
+    no_prompt_cache: Annotated[
+        bool, typer.Option("--no-prompt-cache", help="Encode prompts that were encoded before, and keep none.")
+    ] = False,
     dit_fsdp: Annotated[bool, typer.Option("--dit-fsdp", help="Shard the experts (under torchrun).")] = False,
     t5_fsdp: Annotated[bool, typer.Option("--t5-fsdp", help="Shard the text encoder (under torchrun).")] = False,
     ulysses_size: Annotated[int, typer.Option(help="GPUs that share one sequence (under torchrun).")] = 1,
@@ -376,7 +381,9 @@ def decode(
     from wan22.report import ConsoleReporter, JsonReporter
 
     limit = parse_bytes("--gpu-memory-limit", gpu_memory_limit) if gpu_memory_limit else None
-    pipeline = Pipeline(checkpoint, Precision(), Placement(device, gpu_memory_limit=limit))
+    made_with = record.get("precision")
+    vae_dtype = made_with.get("vae") if isinstance(made_with, dict) else None
+    pipeline = Pipeline(checkpoint, Precision(**given(vae=vae_dtype)), Placement(device, gpu_memory_limit=limit))
     reporter = JsonReporter() if json_lines else ConsoleReporter()
     path = pipeline.decode_file(Path(latents), Path(output) if output else None, overwrite, reporter)
     reporter.finished(str(path))
@@ -507,6 +514,68 @@ def parse_line(words: list[str]) -> dict[str, Any]:
     if wrong := sorted(given - set(OF_A_LINE)):
         raise RequestError(f"--{wrong[0].replace('_', '-')} is for the whole batch")
     return {name: context.params[name] for name in given}
+
+
+# What of a command that makes videos counts for its measurement too, where generate has it.
+IN_BENCH = (
+    "size", "frames", "steps", "guidance", "guidance_low", "guidance_start", "guidance_stop", "precision", "dtype",
+    "scope", "attention", "vae_dtype", "device", "offload", "gpu_memory_limit", "model", "ckpt_dir",
+)  # fmt: skip
+
+
+@app.command()
+@with_options_of(generate, without=set(inspect.signature(generate).parameters) - set(IN_BENCH))
+def bench(
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="diffusers, or published: their transformer on the same work. Repeatable."),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="So many blocks of random weights, instead of 40.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Forwards timed; the median counts.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="One forward, its parts timed in it.")] = False,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Of diffusers the eager form alone.")] = False,
+    decoding: Annotated[bool, typer.Option("--decode", help="Decoding too; --against diffusers: by both.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Encoding of two prompts too.")] = False,
+    no_forward: Annotated[bool, typer.Option("--no-forward", help="Only --decode and --text.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Memory instead: predicted and measured.")] = False,
+    rows: Annotated[
+        str | None, typer.Option(metavar="SIZE:OFFLOAD[:LIMIT],…", help="Of --memory: 720p:block:16GiB,480p:none.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    **flags: Any,
+) -> None:
+    """Measure one forward beside the floor that this device sets; random weights of the published size by default."""
+    flags = dict.fromkeys(inspect.signature(generate).parameters) | flags
+    base = Base({}, {}, {})
+    request = make_request(read_request(flags | {"prompt": "x"}, base))
+    # One expert at work, as in any run; both are for runs that cross the boundary.
+    precision, placement = read_precision(flags, base), read_placement(flags, Base({}, {}, {"offload": "expert"}))
+    from wan22 import bench as library
+
+    if no_forward and not decoding and not text:
+        raise RequestError("--no-forward leaves nothing to measure", hint="add --decode or --text")
+    options = library.Options(against or (), not no_compile, repeats, quick, not no_forward, decoding, text)
+    checkpoint = library.checkpoint_for(read_checkpoint(flags, base, request.task) if model_named(flags) else None,
+                                        placement, layers)  # fmt: skip
+    measured = library.run(checkpoint, request, precision, placement, options)
+    as_text = library.as_text
+    if rows and not memory:
+        raise RequestError("--rows is for --memory")
+    if memory:
+        from wan22 import bench_memory
+
+        measured = bench_memory.run(checkpoint, request, precision, placement, rows.split(",") if rows else ())
+        as_text = bench_memory.as_text
+        if not as_json:
+            print(bench_memory.HEAD, flush=True)
+    for row in measured:
+        print(json.dumps(row) if as_json else as_text(row), flush=True)
+
+
+def model_named(flags: dict[str, Any]) -> bool:
+    return bool(flags["model"] or flags["ckpt_dir"])
 
 
 @app.command()

@@ -99,7 +99,8 @@ def read_request(flags: Flags, base: Base) -> dict[str, Any]:
 def read_precision(flags: Flags, base: Base) -> Precision:
     """Raises RequestError."""
     weights = flags["dtype"] or ("bf16" if flags["convert_model_dtype"] else None)
-    return Precision.from_dict({**base.precision, **given(weights=weights, attention=flags["attention"])})
+    return Precision.from_dict({**base.precision, **given(weights=weights, attention=flags["attention"],
+                                                                  vae=flags["vae_dtype"])})  # fmt: skip
 
 
 def read_placement(flags: Flags, base: Base) -> Placement:
@@ -112,7 +113,8 @@ def read_placement(flags: Flags, base: Base) -> Placement:
             raise RequestError(f"--offload_model {published} and --offload {offload} contradict each other")
         offload = wanted
     asked = given(device=flags["device"], offload=offload, text_encoder="cpu" if flags["t5_cpu"] else None,
-                  lora_dir=flags["lora_dir"], gpu_memory_limit=limit, save_every=flags["save_every"])  # fmt: skip
+                  lora_dir=flags["lora_dir"], gpu_memory_limit=limit, save_every=flags["save_every"],
+                  prompt_cache=False if flags["no_prompt_cache"] else None)  # fmt: skip
     return Placement.from_dict({**base.placement, **asked})
 
 

@@ -107,11 +107,18 @@ def plan_steps(request: Request) -> list[Step]:
     if late := sum(step.expert != high for step in steps[: request.lead_steps]):
         raise RequestError(f"--lead-steps {request.lead_steps}: {late} of them would be low noise",
                            hint="more --steps, a higher --shift, or fewer lead steps")  # fmt: skip
-    loras = tuple(
-        lora if lora.lead_strength is None else replace(lora, strength=lora.lead_strength) for lora in request.loras
-    )
+    loras = first_loras(request)
     lead = [replace(step, guidance=request.guidance_lead, loras=loras) for step in steps[: request.lead_steps]]
     return lead + steps[request.lead_steps :]
+
+
+def first_loras(request: Request) -> tuple[Lora, ...]:
+    """The adapters with their strengths at the first step."""
+    if not request.lead_steps:
+        return request.loras
+    return tuple(
+        lora if lora.lead_strength is None else replace(lora, strength=lora.lead_strength) for lora in request.loras
+    )
 
 
 def describe_split(steps: Sequence[Step], experts: tuple[str, str]) -> str:

@@ -1,6 +1,7 @@
 """The model's few fused operations, one a file, each a Triton kernel beside the plain-torch form that defines it.
 
-`model.py` is written in these names, so that making one of them faster changes this folder and not the model.
+`model.py` is written in these names (the VAE's decoder: in `norm_silu`), so that making one of them faster changes this
+folder and not the model.
 Accumulation and everything that is not a matrix product is float32; the result is rounded once, to the dtype asked.
 Which form runs is decided in dispatch.py. `attention_8bit` stands apart: it approximates.
 """
@@ -8,6 +9,7 @@ Which form runs is decided in dispatch.py. `attention_8bit` stands apart: it app
 from wan22.kernels.gated_residual import gated_residual, gated_residual_norm, gated_residual_norm_modulate
 from wan22.kernels.gelu import gelu, gelu_quantize
 from wan22.kernels.norm_modulate import norm_modulate
+from wan22.kernels.norm_silu import norm_silu
 from wan22.kernels.qk_norm_rope import qk_norm_rope, rms_norm
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "gelu",
     "gelu_quantize",
     "norm_modulate",
+    "norm_silu",
     "qk_norm_rope",
     "rms_norm",
 ]
