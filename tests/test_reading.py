@@ -73,12 +73,29 @@ def test_pieces_are_read_in_order_and_once(expert, tmp_path, monkeypatch):
     spans, fill = [], reading._Lane._fill
     monkeypatch.setattr(reading, "BUFFER_BYTES", 100_000)
     monkeypatch.setattr(reading, "READERS", 1)
-    monkeypatch.setattr(reading._Lane, "_fill", lambda self, path, offset, array: (
-        spans.append((offset, offset + len(array))), fill(self, path, offset, array)))  # fmt: skip
+    monkeypatch.setattr(reading._Lane, "_fill", lambda self, offset, array: (
+        spans.append((offset, offset + len(array))), fill(self, offset, array)))  # fmt: skip
     read = read_all(Safetensors(tmp_path / "x"), torch.bfloat16)
     assert all(end == start for (_, end), (start, _) in itertools.pairwise(spans))
     assert spans[-1][1] == (tmp_path / "x").stat().st_size
     assert all(torch.equal(read[name], tensor.bfloat16()) for name, tensor in load_file(tmp_path / "x").items())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked")
+def test_each_piece_is_asked_for_ahead_and_nothing_else(expert, tmp_path, monkeypatch):
+    """All that is wanted but for the first pieces, once, in order; not what lies between."""
+    save_file(expert, tmp_path / "x")
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, offset, length, advice: asked.append((offset, length, advice)))
+    monkeypatch.setattr(reading, "BUFFER_BYTES", 100_000)
+    monkeypatch.setattr(reading, "READERS", 1)
+    file = Safetensors(tmp_path / "x")
+    wanted = [name for name in file.shapes if name.endswith("weight")]
+    file.read({name: torch.empty(file.shapes[name]) for name in wanted})
+    entries = sorted((file.entries[name] for name in wanted), key=lambda entry: entry.offset)
+    pieces = [piece.span for piece in reading._pieces(reading.Job(e, torch.empty(e.shape)) for e in entries)]
+    assert len(pieces) > 2 * reading.AHEAD
+    assert asked == [(*span, os.POSIX_FADV_WILLNEED) for span in pieces[reading.AHEAD :]]
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked")

@@ -3,6 +3,9 @@
 A tensor that needs no change is read straight into its place. Any other goes through a small buffer (on a GPU: two
 pinned ones a thread, copied on the thread's own stream while the next piece is read), is scaled or dequantized there,
 and cast into its place: host memory holds the result and the buffers, never a file, and nothing stays mapped.
+
+The cast is a tenth of the work. What costs is the first touch of every page of the result (memory.py has large ones),
+and a disk that is asked for too little, or by several threads for the same: each piece is asked for ahead of its turn.
 """
 
 import contextlib
@@ -14,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from io import FileIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +31,7 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
 READERS = 4
 BUFFER_BYTES = 4 << 20  # a thread; 16 MiB measured no faster, and from 4 MiB the cast still finds half in the cache
 DECODED_ELEMENTS = 1 << 18  # a piece of GGML blocks: unpacking makes several float32 arrays of this length
+AHEAD = 8  # pieces that the system is asked to read meanwhile
 WARM_BYTES = 64 << 20
 
 
@@ -68,6 +73,12 @@ class _Piece(NamedTuple):
     start: int  # in elements
     length: int
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where it lies in its file: offset and length in bytes."""
+        elements, size = self.job.entry.block
+        return self.job.entry.offset + self.start // elements * size, self.length // elements * size
+
 
 @cache
 def torch_dtypes() -> "dict[str, torch.dtype]":
@@ -86,16 +97,16 @@ def read_entries(jobs: Sequence[Job]) -> None:
         return
     # Unpacking is arithmetic, and the processor's limit; the rest is the disk's.
     most = max(READERS, min(16, os.cpu_count() or 1)) if any(job.entry.is_packed for job in jobs) else READERS
-    left, lock, stop = iter(pieces), threading.Lock(), threading.Event()
+    left, lock, stop = iter(zip_longest(pieces, pieces[AHEAD:])), threading.Lock(), threading.Event()
 
     def work(lane: _Lane) -> None:
         with contextlib.closing(lane):
             while not stop.is_set():
                 with lock:
-                    piece = next(left, None)
+                    piece, later = next(left, (None, None))
                 if piece is None:
                     return
-                lane.read(piece)
+                lane.read(piece, later)
 
     lanes = [_Lane(jobs[0].target.device) for _ in range(min(most, len(pieces)))]
     with ThreadPoolExecutor(len(lanes)) as pool:
@@ -145,20 +156,23 @@ class _Lane:
         if self.stream is not None:
             self.stream.synchronize()
 
-    def read(self, piece: _Piece) -> None:
+    def read(self, piece: _Piece, later: _Piece | None) -> None:
+        """Bring a piece to its place; `later`: one whose turn comes soon."""
         import torch
 
         job, start, length = piece
         entry, target, scale = job
         place = target.view(-1)[start : start + length]
-        elements, size = entry.block
-        offset, nbytes = entry.offset + start // elements * size, length // elements * size
+        offset, nbytes = piece.span
+        self._open(entry.path)
+        if later and later.job.entry.path == entry.path:
+            self._ask_for(*later.span)
         dtype = None if entry.is_packed else torch_dtypes()[entry.dtype]
         if scale is None and target.dtype == dtype and target.device.type == "cpu":
-            self._fill(entry.path, offset, place.view(torch.uint8).numpy())
+            self._fill(offset, place.view(torch.uint8).numpy())
             return
         buffer = self._free_buffer(nbytes)[:nbytes]
-        self._fill(entry.path, offset, buffer.numpy())
+        self._fill(offset, buffer.numpy())
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             if dtype is None:
                 numbers = unpack(buffer.numpy(), entry.dtype).to(target.device)
@@ -181,17 +195,27 @@ class _Lane:
             self.copied[self.turn].synchronize()
         return self.buffers[self.turn]
 
-    def _fill(self, path: Path, offset: int, array: Any) -> None:
-        """Read the file's bytes from `offset` on into an array of bytes."""
+    def _open(self, path: Path) -> None:
         if self.file is None or self.file.name != path:
             if self.file:
                 self.file.close()
             self.file = FileIO(path)  # type: ignore[arg-type]  # it takes paths, and keeps them as its name
+
+    def _ask_for(self, offset: int, nbytes: int) -> None:
+        """The system's own reading ahead sees threads that jump about, and several reading the same."""
+        assert self.file
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # whoever reads it will say what is wrong
+                os.posix_fadvise(self.file.fileno(), offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def _fill(self, offset: int, array: Any) -> None:
+        """Read the open file's bytes from `offset` on into an array of bytes."""
+        assert self.file
         self.file.seek(offset)
         view, done = memoryview(array), 0
         while done < len(view):
             if not (read := self.file.readinto(view[done:])):
-                raise RequestError(f"{path}: ended while it was read; was it replaced meanwhile?")
+                raise RequestError(f"{self.file.name}: ended while it was read; was it replaced meanwhile?")
             done += read
 
 
