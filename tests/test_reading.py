@@ -86,7 +86,7 @@ def test_each_piece_is_asked_for_ahead_and_nothing_else(expert, tmp_path, monkey
     """All that is wanted but for the first pieces, once, in order; not what lies between."""
     save_file(expert, tmp_path / "x")
     asked = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda file, offset, length, advice: asked.append((offset, length, advice)))
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *words: asked.append(words))
     monkeypatch.setattr(reading, "BUFFER_BYTES", 100_000)
     monkeypatch.setattr(reading, "READERS", 1)
     file = Safetensors(tmp_path / "x")
