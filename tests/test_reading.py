@@ -47,6 +47,36 @@ def test_the_buffers_size_changes_no_bit(expert, tmp_path, monkeypatch, form, dt
         assert torch.equal(pieces[name], whole[name]), name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["plain", "scaled rows", "one scale", "Q8_0"])
+def test_a_gpu_gets_the_same_bits(expert, tmp_path, monkeypatch, form, dtype):
+    """Through pinned buffers that are used again many times, on streams that wait for the targets' memory."""
+    path = tmp_path / "expert"
+    if form == "plain":
+        save_file(expert, path)
+    elif form == "Q8_0":
+        made.gguf_file(path, expert, form)
+    else:
+        save_file(made.scaled_fp8(expert, "new", rows=form == "scaled rows")[0], path)
+    monkeypatch.setattr(reading, "BUFFER_BYTES", 30_000)
+    monkeypatch.setattr(reading, "DECODED_ELEMENTS", 6_000)
+    source = publish(find_tensors(path), EXPERT)
+    meant = read_all(source, dtype)
+    device, held = torch.device("cuda"), []
+    for _ in range(3):
+        targets = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in source.shapes.items()}
+        torch.cuda._sleep(10_000_000)  # work that still uses the targets' memory
+        for target in targets.values():
+            target.view(torch.uint8).fill_(255)
+        source.read(targets)
+        assert all(torch.equal(targets[name].cpu(), tensor) for name, tensor in meant.items())
+        held.append(torch.cuda.memory_reserved())
+    print(f"reserved: {held[-1]:,} bytes")
+    assert held[1] == held[2]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e5m2, torch.int64, torch.bool])
 def test_every_dtype(tmp_path, dtype):
     table = {"a": torch.arange(-8, 8).view(2, 8), "b": torch.tensor(1), "c": torch.zeros(0, 3)}

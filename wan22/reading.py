@@ -108,7 +108,7 @@ def read_entries(jobs: Sequence[Job]) -> None:
                     return
                 lane.read(piece, later)
 
-    lanes = [_Lane(jobs[0].target.device) for _ in range(min(most, len(pieces)))]
+    lanes = [_Lane(jobs[0].target.device, number) for number in range(min(most, len(pieces)))]
     with ThreadPoolExecutor(len(lanes)) as pool:
         working = [pool.submit(work, lane) for lane in lanes]
         try:
@@ -131,16 +131,24 @@ def _pieces(jobs: Iterable[Job]) -> Iterator[_Piece]:
         yield from (_Piece(job, start, min(step, total - start)) for start in range(0, total, step))
 
 
+@cache
+def _stream(device: "torch.device", number: int) -> Any:
+    """A lane's stream, the same every time: torch's allocator keeps memory back for every stream that it has seen."""
+    import torch
+
+    return torch.cuda.Stream(device)
+
+
 class _Lane:
     """What one thread reads with: an open file, its buffers, and on a GPU a stream of its own."""
 
-    def __init__(self, device: "torch.device") -> None:
+    def __init__(self, device: "torch.device", number: int) -> None:
         import torch
 
         self.stream: Any = None
         self.turn = 0
         if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device)
+            self.stream = _stream(device, number)
             # The targets' memory may still be in use by work queued before.
             self.stream.wait_stream(torch.cuda.current_stream(device))
             self.copied = [torch.cuda.Event(), torch.cuda.Event()]
