@@ -1,8 +1,10 @@
 """Reading tensors out of files: in pieces of any size, by threads, strictly."""
 
+import errno
 import itertools
 import os
 import threading
+from io import FileIO
 
 import checkpoints as made
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wan22 import reading
-from wan22.config import RequestError
+from wan22.config import RequestError, RunError
 from wan22.layouts import EXPERT, find_tensors, publish
 from wan22.tensor_files import Safetensors
 
@@ -96,6 +98,17 @@ def test_a_file_that_ends_while_it_is_read(expert, tmp_path):
     os.truncate(tmp_path / "x", 100_000)
     with pytest.raises(RequestError, match="ended while it was read"):
         read_all(file, torch.bfloat16)
+
+
+def test_a_disk_that_fails(expert, tmp_path, monkeypatch):
+    class Failing(FileIO):
+        def readinto(self, buffer):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    save_file(expert, tmp_path / "x")
+    monkeypatch.setattr(reading, "FileIO", Failing)
+    with pytest.raises(RunError, match=r"/x: cannot be read: Input/output error"):
+        read_all(Safetensors(tmp_path / "x"), torch.bfloat16)
 
 
 def test_pieces_are_read_in_order_and_once(expert, tmp_path, monkeypatch):

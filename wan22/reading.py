@@ -21,7 +21,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wan22.config import RequestError
+from wan22.config import RequestError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ BUFFER_BYTES = 4 << 20  # a thread; 16 MiB measured no faster, and from 4 MiB th
 DECODED_ELEMENTS = 1 << 18  # a piece of GGML blocks: unpacking makes several float32 arrays of this length
 AHEAD = 8  # pieces that the system is asked to read meanwhile
 WARM_BYTES = 64 << 20
+DISK_HINT = "the disk or the network behind it fails: wan22 download --check DIR reads every file"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def torch_dtypes() -> "dict[str, torch.dtype]":
 
 
 def read_entries(jobs: Sequence[Job]) -> None:
-    """Fill every target, each cast to its dtype. Raises RequestError for a file that changed since it was opened."""
+    """Fill every target, each cast to its dtype. Raises RequestError for a file that changed since it was opened,
+    RunError for one that the disk does not give."""
     jobs = sorted(jobs, key=lambda job: (job.entry.path, job.entry.offset))
     if not (pieces := list(_pieces(jobs))):
         return
@@ -222,7 +224,11 @@ class _Lane:
         self.file.seek(offset)
         view, done = memoryview(array), 0
         while done < len(view):
-            if not (read := self.file.readinto(view[done:])):
+            try:
+                read = self.file.readinto(view[done:])
+            except OSError as error:  # which names no file
+                raise RunError(f"{self.file.name}: cannot be read: {error.strerror}", hint=DISK_HINT) from None
+            if not read:
                 raise RequestError(f"{self.file.name}: ended while it was read; was it replaced meanwhile?")
             done += read
 
