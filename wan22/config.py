@@ -19,6 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+LONGEST = 4000  # characters of a message
+
+
+def one_line(text: str) -> str:
+    """A message as one line of a bearable length. What files call their tensors may be anything, also commands to a
+    terminal: unprintable characters are escaped."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
+
 
 class WanError(Exception):
     """An error that a user can act on: one line, an optional hint, and the exit code it ends a command with."""
@@ -26,7 +35,7 @@ class WanError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.hint = hint
 
 
