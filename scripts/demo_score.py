@@ -3,7 +3,7 @@
     python scripts/demo_score.py                                     60 prompts, the demo's own settings
     python scripts/demo_score.py --prompts 12 --size 64x64 --frames 9
     python scripts/demo_score.py --expert high                       that expert alone, on both sides of the boundary
-    python scripts/demo_score.py --precision fast --attention …      any flag of `wan22 generate` that names a Precision
+    python scripts/demo_score.py --precision '{"weights": "fp8"}'     with these fields of a Precision
 
 It goes the whole way of `wan22 generate --model demo`, but for the file; tests/detector.py says what a video shows.
 """
@@ -67,15 +67,14 @@ def main() -> None:
     parser.add_argument("--frames", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32", help="of the weights; a CPU's own by default, on a GPU too")
-    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--precision", type=json.loads, default={}, help="JSON; weights are float32 unless named")
     parser.add_argument("--sheet", type=Path, help="a PNG of the first 12 videos")
     args = parser.parse_args()
     settings: dict[str, Any] = {"num_frames": args.frames, "num_steps": args.steps}
     if args.size:
         settings["width"], settings["height"] = parse_size(args.size)
     settings = {name: value for name, value in settings.items() if value is not None}
-    pipe = Pipeline.from_pretrained("demo", device=args.device, precision=Precision(args.dtype, args.attention))
+    pipe = Pipeline.from_pretrained("demo", device=args.device, precision=Precision(**{"weights": "float32", **args.precision}))
     start = time.monotonic()
     result = score(pipe, args.prompts, args.expert, **settings)
     for miss in result.misses:
@@ -86,7 +85,7 @@ def main() -> None:
         write_sheet(np.stack(result.frames[:12]), args.sheet)
     shares = {name: round(100 * n / result.total, 1) for name, n in result.right.items()}
     print(json.dumps({"expert": args.expert, "prompts": result.total, "percent_right": shares, "settings": settings,
-                      "device": str(pipe.device), "seconds": round(time.monotonic() - start, 1)}))  # fmt: skip
+                      "precision": pipe.precision.to_dict(), "device": str(pipe.device), "seconds": round(time.monotonic() - start, 1)}))  # fmt: skip
 
 
 if __name__ == "__main__":
