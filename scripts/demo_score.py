@@ -16,14 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT, ROOT / "tests", ROOT / "scripts"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
 import demo_data
+import numpy as np
+from demo_training import write_sheet  # puts wan22 and tests/ on the path
 from detector import detect
 
 from wan22 import Pipeline
@@ -74,18 +69,18 @@ def main() -> None:
     if args.size:
         settings["width"], settings["height"] = parse_size(args.size)
     settings = {name: value for name, value in settings.items() if value is not None}
-    pipe = Pipeline.from_pretrained("demo", device=args.device, precision=Precision(**{"weights": "float32", **args.precision}))
+    precision = Precision(**{"weights": "float32", **args.precision})
+    pipe = Pipeline.from_pretrained("demo", device=args.device, precision=precision)
     start = time.monotonic()
     result = score(pipe, args.prompts, args.expert, **settings)
     for miss in result.misses:
         print(miss, file=sys.stderr)
     if args.sheet:
-        from demo_training import write_sheet
-
         write_sheet(np.stack(result.frames[:12]), args.sheet)
     shares = {name: round(100 * n / result.total, 1) for name, n in result.right.items()}
-    print(json.dumps({"expert": args.expert, "prompts": result.total, "percent_right": shares, "settings": settings,
-                      "precision": pipe.precision.to_dict(), "device": str(pipe.device), "seconds": round(time.monotonic() - start, 1)}))  # fmt: skip
+    facts = {"expert": args.expert, "prompts": result.total, "percent_right": shares, "settings": settings,
+             "precision": pipe.precision.to_dict(), "device": str(pipe.device)}  # fmt: skip
+    print(json.dumps(facts | {"seconds": round(time.monotonic() - start, 1)}))
 
 
 if __name__ == "__main__":
