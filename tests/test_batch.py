@@ -1,5 +1,6 @@
 """Many requests: what a batch file may say, and that every good item is made exactly once whatever dies."""
 
+import functools
 import json
 import os
 import shutil
@@ -12,13 +13,14 @@ from collections import Counter
 import pytest
 from conftest import ROOT, TINY
 
-from wan22 import batch, cli, journal
+from wan22 import batch, cli, cli_many, journal
 from wan22.config import Request, RequestError
 from wan22.items import parse_seeds, read_items, split_line
 from wan22.options import Base
 from wan22.record import read_record
 
 BASE = Base({}, {}, {})
+PARSE = functools.partial(cli_many.parse_line, cli.typer.main.get_command(cli.app))
 SMALL = ["--ckpt_dir", str(TINY), "--size", "64x48", "--frames", "5", "--steps", "2"]
 
 
@@ -36,7 +38,7 @@ def given(*words):
 
 
 def read(path, *words, seeds=(), repeat=1, tiny=None):
-    return read_items(path, given(*words), BASE, tiny, cli.parse_line, seeds=list(seeds), repeat=repeat)
+    return read_items(path, given(*words), BASE, tiny, PARSE, seeds=list(seeds), repeat=repeat)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ def jobs_of(path, *words):
     flags = given(*SMALL, *words)
     from wan22.options import read_checkpoint
 
-    items, bad = read_items(path, flags, BASE, read_checkpoint(flags, BASE, "t2v-A14B"), cli.parse_line, seeds=[],
+    items, bad = read_items(path, flags, BASE, read_checkpoint(flags, BASE, "t2v-A14B"), PARSE, seeds=[],
                             repeat=1)  # fmt: skip
     jobs, bad = batch.plan_jobs(items, bad, flags, BASE)
     return flags, jobs, bad

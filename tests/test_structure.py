@@ -10,6 +10,7 @@ from conftest import ROOT
 
 FLOORS = [
     {"cli"},
+    {"cli_many"},
     {"batch", "bench", "compare"},
     {"items"},
     {"options"},
