@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT, TINY
 
 from wan22 import batch, cli, cli_many, journal
+from wan22.batch_local import LocalEngine
+from wan22.batch_worker import Work
 from wan22.config import Request, RequestError
 from wan22.items import parse_seeds, read_items, split_line
 from wan22.options import Base
@@ -151,6 +153,10 @@ def jobs_of(path, *words):
     return flags, jobs, bad
 
 
+def local(flags, folder):
+    return LocalEngine(["cpu"], Work(flags, BASE, folder))
+
+
 def test_a_batch(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("one\ntwo --seed 7\nbad --size 65x48\n")
@@ -198,7 +204,7 @@ def test_two_batches_share_a_folder_and_a_worker_is_killed(tmp_path):
                 killed.append(one.workers[0].process.pid)
                 os.kill(killed[0], signal.SIGKILL)
 
-        one = batch.Batch(jobs, tmp_path / "out", ["cpu"], flags, BASE, tell)
+        one = batch.Batch(jobs, tmp_path / "out", local(flags, tmp_path / "out"), tell)
         results[who] = one.run(bad)
 
     threads = [threading.Thread(target=run, args=(who,)) for who in ("first", "second")]
@@ -225,7 +231,7 @@ def test_an_item_that_kills_workers_is_set_aside(tmp_path):
             os.kill(data["worker"], signal.SIGKILL)
 
     outcomes = {one.name.split("-")[0]: one for one in
-                batch.Batch(jobs, tmp_path / "out", ["cpu"], flags, BASE, tell).run(bad)}  # fmt: skip
+                batch.Batch(jobs, tmp_path / "out", local(flags, tmp_path / "out"), tell).run(bad)}  # fmt: skip
     assert (outcomes["poison"].what, outcomes["good"].what) == ("failed", "done")
     assert "workers died" in outcomes["poison"].error
     assert "1 made, 1 failed" in batch.table(list(outcomes.values()))

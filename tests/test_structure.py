@@ -12,6 +12,8 @@ FLOORS = [
     {"cli"},
     {"cli_many"},
     {"batch", "bench", "compare"},
+    {"batch_local", "batch_ray"},
+    {"batch_worker"},
     {"items"},
     {"options"},
     {"pipeline", "convert", "download", "prompt_extend", "gallery"},

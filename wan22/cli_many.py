@@ -3,18 +3,23 @@
 Thin as those are: flags → one call, and torch only inside a command.
 """
 
+import contextlib
 import functools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wan22.config import DEFAULT_TASK, RequestError
 from wan22.options import normalize, read_base, read_checkpoint, read_encoding, read_placement, with_options_of
 from wan22.video import check_writable
+
+if TYPE_CHECKING:
+    from wan22.batch import Engine
+    from wan22.batch_worker import Work
 
 # For the whole batch, or for one video alone.
 NOT_IN_BATCH = (
@@ -50,6 +55,11 @@ def batch(
     repeat: Annotated[int, typer.Option(min=1, help="Each item so often, with another seed each time.")] = 1,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only this part; default: a SLURM array's.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one a GPU, one on a CPU.")] = None,
+    engine: Annotated[str, typer.Option(help="local: processes here; ray: actors of a Ray cluster.")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of a cluster; default: one that Ray finds, or starts.")
+    ] = None,
+    gpus_per_worker: Annotated[int | None, typer.Option(min=1, help="That Ray keeps for a worker; default: 1.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="Events, one JSON object a line on stdout.")] = False,
     **flags: Any,
@@ -59,24 +69,33 @@ def batch(
     if seeds and (repeat > 1 or flags["seed"] is not None):
         raise RequestError("--seeds goes with neither --seed nor --repeat", hint="give one of them")
     from wan22 import batch as library
+    from wan22.batch_worker import Work
     from wan22.gallery import write_gallery
     from wan22.items import parse_seeds, read_items
 
     source, base = Path(file), read_base(flags)
     part, parts = library.parse_shard(shard)
+    checkpoint = read_checkpoint(flags, base, DEFAULT_TASK)
     parse = functools.partial(parse_line, context.find_root().command)
-    items, bad = read_items(source, flags, base, read_checkpoint(flags, base, DEFAULT_TASK), parse,
+    items, bad = read_items(source, flags, base, checkpoint, parse,
                             seeds=parse_seeds(seeds) if seeds else [], repeat=repeat)  # fmt: skip
-    jobs, bad = library.plan_jobs(items[part::parts], bad if part == 0 else [], flags, base)
+    items, bad = items[part::parts], bad if part == 0 else []
     folder = Path(output or f"{source.resolve().stem}-videos")
     check_writable(folder / "video.mp4", if_exists="number", encoding=read_encoding(flags, base))
-    if dry_run:
-        print("\n".join([*(f"{folder / job.name}" for job in jobs)]))
-        print("\n".join(f"bad {one.where}: {one.error}" for one in bad), file=sys.stderr)
-        return
-    devices = library.count_workers(workers, read_placement(flags, base))
-    tell = library.json_lines if json_lines else library.console(len(jobs))
-    outcomes = library.Batch(jobs, folder, devices, flags, base, tell).run(bad)
+    work = Work(dict(flags), base, folder, identity=checkpoint.identity())
+    started = start_engine(engine, ray_address, gpus_per_worker, workers, work)
+    try:
+        there = None if engine == "local" else started.devices[0].partition(":")[0]
+        jobs, bad = library.plan_jobs(items, bad, flags, base, there)
+        if dry_run:
+            print("\n".join([*(f"{folder / job.name}" for job in jobs)]))
+            print("\n".join(f"bad {one.where}: {one.error}" for one in bad), file=sys.stderr)
+            return
+        tell = functools.partial(library.json_lines, sys.stdout) if json_lines else library.console(len(jobs))
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray prints what it has to say; stdout is for data
+            outcomes = library.Batch(jobs, folder, started, tell).run(bad)
+    finally:
+        started.close()
     page = write_gallery(folder)
     if json_lines:
         tell("finished", gallery=str(page), outcomes=[vars(outcome) for outcome in outcomes])
@@ -84,6 +103,23 @@ def batch(
         print(library.table(outcomes), f"gallery: {page}", sep="\n", file=sys.stderr)
         print("\n".join(str(folder / one.name) for one in outcomes if one.what in ("done", "there")))
     raise typer.Exit(any(one.what in ("failed", "bad") for one in outcomes))
+
+
+def start_engine(engine: str, address: str | None, gpus: int | None, workers: int | None, work: "Work") -> "Engine":
+    """What makes the videos. Raises RequestError."""
+    placement = read_placement(work.flags, work.base)
+    if engine == "ray":
+        from wan22.batch_ray import RayEngine
+
+        return RayEngine(address, workers, gpus, placement, work)
+    if engine != "local":
+        raise RequestError(f"--engine {engine}: unknown", hint="known: local, ray")
+    for flag, value in (("--ray-address", address), ("--gpus-per-worker", gpus)):
+        if value is not None:
+            raise RequestError(f"{flag} is for --engine ray")
+    from wan22.batch_local import LocalEngine, count_workers
+
+    return LocalEngine(count_workers(workers, placement), work)
 
 
 def parse_line(app: Any, words: list[str]) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""The engine `ray` on a real cluster of two nodes on this machine, one of which is killed."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+
+import pytest
+from conftest import ROOT, TINY
+
+from wan22 import cli, journal
+
+ray = pytest.importorskip("ray")
+
+SMALL = ["--ckpt_dir", str(TINY), "--size", "64x48", "--frames", "5", "--steps", "4", "--save-every", "0"]
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Two nodes with a CPU each, the first of them the head."""
+    from ray.cluster_utils import Cluster
+
+    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("OMP_NUM_THREADS", "1"), ("PYTHONPATH", str(ROOT)),
+                        ("RAY_enable_metrics_collection", "0")):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    made = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+    try:
+        made.second = made.add_node(**small)
+        made.wait_for_nodes()
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+def test_what_cannot_be(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a")
+    for words, said in ((["--engine", "x"], "known: local, ray"), (["--ray-address", "a:1"], "is for --engine ray"),
+                        (["--gpus-per-worker", "2"], "is for --engine ray"),
+                        (["--engine", "ray", "--ray-address", "ray://a:1"], "ray job submit")):  # fmt: skip
+        assert cli.main(["batch", "p.txt", *SMALL, *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_node_is_killed_and_a_poisonous_item_set_aside(cluster, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("\n".join(["poison", *"abcdef", "bad --size 65x48"]))
+    folder = tmp_path / "out"
+    killed = []
+
+    def watch():
+        """Kill whoever takes up the poison, and the second node once two items are made."""
+        seen = 0
+        while True:
+            events = list(journal.read(folder)) if folder.exists() else []
+            for event in events[seen:]:
+                if event["event"] == "start" and event["name"].startswith("poison"):
+                    os.kill(int(event["worker"].split()[1]), signal.SIGKILL)
+                if event["event"] == "end":
+                    return
+            seen = len(events)
+            if not killed and sum(event["event"] == "done" for event in events) >= 2:
+                cluster.remove_node(cluster.second, allow_graceful=False)
+                killed.append(time.time())
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    words = ["batch", "p.txt", "--output", "out", *SMALL, "--engine", "ray", "--ray-address", cluster.address, "--json"]
+    start = time.perf_counter()
+    code = cli.main(words)
+    seconds = time.perf_counter() - start
+    watcher.join(60)
+    out, err = capsys.readouterr()
+    print(f"{seconds:.1f} s")
+    events = [json.loads(line) for line in out.splitlines()]  # and nothing else on stdout
+    assert (code, bool(killed)) == (1, True), err
+    told = Counter(event["event"] for event in events)
+    assert (told["done"] + told["there"], told["failed"], told["bad"]) == (6, 1, 1)
+    done = Counter(event["name"] for event in events if event["event"] in ("done", "there"))
+    assert set(done.values()) == {1}
+    failed = next(event for event in events if event["event"] == "failed")
+    assert failed["name"].startswith("poison")
+    assert "workers died over it" in failed["error"]
+    assert len(list(folder.glob("*.mp4"))) == 6
+    left = sorted(path.name for path in folder.iterdir() if path.suffix != ".mp4" and "poison" not in path.name)
+    assert left == ["batch.jsonl", "index.html"]
