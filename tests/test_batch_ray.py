@@ -41,7 +41,8 @@ def test_what_cannot_be(tmp_path, monkeypatch, capsys):
     (tmp_path / "p.txt").write_text("a")
     for words, said in ((["--engine", "x"], "known: local, ray"), (["--ray-address", "a:1"], "is for --engine ray"),
                         (["--gpus-per-worker", "2"], "is for --engine ray"),
-                        (["--engine", "ray", "--ray-address", "ray://a:1"], "ray job submit")):  # fmt: skip
+                        (["--engine", "ray", "--ray-address", "ray://a:1"], "ray job submit"),
+                        (["--engine", "ray", "--ray-address", "127.0.0.1:1"], "no Ray cluster")):  # fmt: skip
         assert cli.main(["batch", "p.txt", *SMALL, *words]) == 2
         assert said in capsys.readouterr().err
 

@@ -280,6 +280,13 @@ def _connect(address: str | None) -> Any:
     if (address or os.environ.get("RAY_ADDRESS", "")).startswith("ray://"):
         raise RequestError("--ray-address ray://…: a client from outside would not see the videos",
                            hint="on a node of the cluster: ray job submit -- wan22 batch …")  # fmt: skip
+    host, _, port = (address or os.environ.get("RAY_ADDRESS", "")).rpartition(":")
+    if host and port.isdecimal():  # Ray itself tries for minutes
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise RequestError(f"--ray-address {host}:{port}: there is no Ray cluster: {error.strerror or error}",
+                               hint="ray start --head prints its address") from None  # fmt: skip
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
