@@ -17,6 +17,7 @@ FLOORS = [
     {"items"},
     {"options"},
     {"pipeline", "convert", "download", "prompt_extend", "gallery"},
+    {"preview"},
     {"plan", "text_encoder", "sampling", "vae", "video", "contents"},
     {"sizes"},
     {"experts", "state", "step_cache", "sheet"},

@@ -82,7 +82,7 @@ def live(pipe: Pipe, work: Work) -> None:
     pipe.send(("ready", {}))
     while (given := pipe.recv()) is not None:
         name, request = given
-        _make(pipe, pipeline, work.folder / name, request, bool(work.flags["keep_latents"]))
+        _make(pipe, pipeline, work.folder / name, request, work.flags)
 
 
 def _open(work: Work) -> Any:
@@ -109,7 +109,7 @@ def _texts(request: Request) -> tuple[str, ...]:
     return (request.prompt, request.negative_prompt) if guided else (request.prompt,)
 
 
-def _make(pipe: Pipe, pipeline: Any, output: Path, request: Request, keep_latents: bool) -> None:
+def _make(pipe: Pipe, pipeline: Any, output: Path, request: Request, flags: dict[str, Any]) -> None:
     from wan22.state import Busy
 
     start = time.perf_counter()
@@ -123,7 +123,8 @@ def _make(pipe: Pipe, pipeline: Any, output: Path, request: Request, keep_latent
             if state.begun:
                 said = f"going on from step {state.begun.done} of {state.steps}"
                 pipe.send(("event", {"event": "note", "text": said, "resumed": state.begun.done}))
-            pipeline.generate_file(request, state, "error", keep_latents, _PipeReporter(pipe))
+            reporter = _PipeReporter(pipe)
+            pipeline.generate_file(request, state, "error", flags["keep_latents"], reporter, flags["preview"])
     except Busy:
         pipe.send(("busy", {}))
     except WanError as error:

@@ -175,6 +175,10 @@ class Checkpoint:
             state.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
         return state.hexdigest()
 
+    def vae_identity(self) -> str:
+        """A digest (hex) of what the VAE alone is."""
+        return _digest(self.vae).hex()
+
 
 def _digest(tensors: TensorSource) -> bytes:
     """What a part's files hold; an index only says where."""

@@ -149,6 +149,9 @@ def generate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
     save_every: Annotated[float | None, typer.Option(metavar="SECONDS", help="Between savings of the state.")] = None,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Show what it comes to in NAME.preview.webp, until the video is there.")
+    ] = False,
     keep_latents: Annotated[bool, typer.Option("--keep-latents", help="Leave NAME.latents.safetensors too.")] = False,
     sidecar: Annotated[bool, typer.Option("--sidecar", help="Write the file's record to NAME.json too.")] = False,
     crf: Annotated[int | None, typer.Option(help=f"Of an .mp4: 0 (best) to 51; default: {Encoding.crf}.")] = None,
@@ -381,6 +384,8 @@ def check_output(output: str, overwrite: bool, sidecar: bool, encoding: Encoding
 
 def make(pipeline: "Pipeline", request: Request, target: Path | None, flags: Flags, reporter: "Reporter") -> None:
     """One run from where it stands to its end, told of. Raises RequestError, RunError."""
+    from wan22.preview import preview_path
+
     drawn = request.seed is None
     request, state = pipeline.begin(request, target, bool(flags["overwrite"]))
     with state:
@@ -391,10 +396,12 @@ def make(pipeline: "Pipeline", request: Request, target: Path | None, flags: Fla
             )  # fmt: skip
         else:
             reporter.note(f"seed {request.seed}" + (" (drawn)" if drawn else ""), seed=request.seed)
+        if flags["preview"]:
+            reporter.note(f"preview: {preview_path(state.output)}", preview=str(preview_path(state.output)))
         for adapter in request.loras:
             reporter.note(f"adapter {adapter}", sha256=adapter.sha256)
         policy: IfExists = "number" if target is None else "replace" if flags["overwrite"] else "error"
-        path = pipeline.generate_file(request, state, policy, flags["keep_latents"], reporter)
+        path = pipeline.generate_file(request, state, policy, flags["keep_latents"], reporter, flags["preview"])
         if flags["sidecar"]:
             write_sidecar(path, policy)
     reporter.finished(str(path))
