@@ -6,11 +6,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, TINY
 
 from wan22 import batch, cli, cli_many, journal
@@ -296,6 +299,37 @@ def test_slurm_array_sh(tmp_path):
     assert (tmp_path / "calls").read_text().splitlines()[2:] == ["kept", "scontrol requeue 10_2"]
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="there is no shellcheck here")
+def beside_python(name):
+    """A program that pip has put beside the Python at work, or that is on the path; None where there is none."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
+@pytest.mark.skipif(beside_python("shellcheck") is None, reason="there is no shellcheck here")
 def test_scripts_are_clean():
-    subprocess.run(["shellcheck", SCRIPTS / "batch.sh", SCRIPTS / "slurm_array.sh"], check=True)
+    """All there are, and what the task for the cloud runs."""
+    scripts = [*SCRIPTS.rglob("*.sh"), ROOT / ".ci" / "run"]
+    assert len(scripts) >= 4
+    subprocess.run([beside_python("shellcheck"), *scripts], check=True)
+    task = yaml.safe_load((SCRIPTS / "cloud" / "sky.yaml").read_text(encoding="utf-8"))
+    for part in ("setup", "run"):
+        script = "".join(f"{name}=x\n" for name in task["envs"]) + task[part]
+        # An option is meant to be several words, and a variable may be meant for the other part.
+        subprocess.run([beside_python("shellcheck"), "--shell=bash", "--exclude=SC2086,SC2034,SC2154", "-"],
+                       input=script, text=True, check=True)  # fmt: skip
+
+
+def test_the_cloud_task_runs(tmp_path):
+    """Its `run`, with folders of this machine: videos in the bucket's place, and passed over the next time."""
+    task = yaml.safe_load((SCRIPTS / "cloud" / "sky.yaml").read_text(encoding="utf-8"))
+    assert list(task["file_mounts"]) == ["/videos"]
+    (tmp_path / "prompts.txt").write_text("a\n")
+    (tmp_path / "wan22").write_text(f'#!/bin/sh\nexec {sys.executable} -m wan22 "$@"\n')
+    (tmp_path / "wan22").chmod(0o755)
+    run = task["run"].replace("/videos", str(tmp_path / "videos")).replace("~/weights", str(TINY))
+    run = run.replace("~/wan22/bin/wan22", str(tmp_path / "wan22"))
+    environment = {**os.environ, **task["envs"], "BATCH": str(tmp_path / "prompts.txt"), "PYTHONPATH": str(ROOT),
+                   "OPTIONS": "--size 64x48 --frames 5 --steps 2"}  # fmt: skip
+    for said in ("1 made", "1 there already"):
+        result = subprocess.run(["bash", "-c", run], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert (result.returncode, said in result.stderr) == (0, True), result.stderr
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1

@@ -2,11 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, TINY
 
@@ -90,3 +95,29 @@ def test_a_node_is_killed_and_a_poisonous_item_set_aside(cluster, tmp_path, monk
     assert len(list(folder.glob("*.mp4"))) == 6
     left = sorted(path.name for path in folder.iterdir() if path.suffix != ".mp4" and "poison" not in path.name)
     assert left == ["batch.jsonl", "index.html"]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_slurm_multinode_sh(tmp_path):
+    """With SLURM's variables and commands faked: a cluster of two nodes, a batch on it, and nothing running after."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    skip_options = 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"'
+    for name, body in {"srun": f'echo "$@" >>srun.log; {skip_options}', "hostname": 'echo "127.0.0.1 10.1.1.1"',
+                       "wan22": f'exec {sys.executable} -m wan22 "$@"'}.items():  # fmt: skip
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "4711",
+                   "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "1", "SLURMD_NODENAME": "node1"}  # fmt: skip
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    command = ["bash", str(ROOT / "scripts" / "slurm_multinode.sh"), "p.txt", "--output", "out", *SMALL]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 of 2 nodes" in result.stderr
+    assert len(result.stdout.split()) == len(list((tmp_path / "out").glob("*.mp4"))) == 2
+    assert (tmp_path / "srun.log").read_text().startswith("--nodes=1 --ntasks=1 --exclude=node1 ray start --address=")
+    workers = {event["worker"] for event in journal.read(tmp_path / "out") if event["event"] == "start"}
+    assert len(workers) <= 2
+    port = 20000 + 4711
+    assert not [one for one in psutil.process_iter(["cmdline"]) if f":{port}" in " ".join(one.info["cmdline"] or [])]
