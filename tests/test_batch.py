@@ -333,3 +333,30 @@ def test_the_cloud_task_runs(tmp_path):
         result = subprocess.run(["bash", "-c", run], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert (result.returncode, said in result.stderr) == (0, True), result.stderr
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
+
+
+def test_openi_py(tmp_path):
+    """With the platform's package faked: a task that was broken off, and the next one that is given its results."""
+    (tmp_path / "c2net").mkdir()
+    (tmp_path / "c2net" / "context.py").write_text(
+        "from types import SimpleNamespace\n"
+        "def prepare():\n"
+        f"    return SimpleNamespace(dataset_path={str(tmp_path / 'data')!r}, output_path={str(tmp_path / 'output')!r},"
+        f" pretrain_model_path={str(TINY.parent)!r})\n"
+        f"def upload_output():\n    open({str(tmp_path / 'uploaded')!r}, 'a').write('x')\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").write_text("a\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, str(SCRIPTS / "cloud" / "openi.py"), "--model", TINY.name, "--added", "by the platform",
+             "--options", "--size 64x48 --frames 5 --steps 2"]  # fmt: skip
+
+    def run(*more):
+        return subprocess.run([*words, *more], env=environment, capture_output=True, text=True, check=False)
+
+    assert run("--batch", "none.txt").returncode == 2
+    result = run("--batch", "mine.txt")
+    assert (result.returncode, "1 made" in result.stderr) == (0, True), result.stderr
+    (tmp_path / "output").rename(tmp_path / "data" / "earlier")
+    assert "1 there already" in run("--batch", "mine.txt").stderr
+    assert len(list((tmp_path / "output" / "videos").glob("*.mp4"))) == 1
+    assert (tmp_path / "uploaded").read_text() == "xx"
