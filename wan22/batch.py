@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,9 @@ from wan22.record import read_record
 
 DEATHS = 2  # of workers over one item, until it is set aside
 LOSSES = 5  # of machines under it, which are seldom its fault
-TRIES = 2  # of an item that failed for what may pass, as a full disk: the second after all others
+TRIES = 2  # of an item that failed for what may pass: the second after all others
+PAUSE = 5.0  # seconds without a new item where the disk is full; twice as many the next time
+PATIENCE = 900.0  # seconds of such pauses in a row, until a full disk counts as a failure
 POLL = 1.0  # seconds between two looks at what others are making
 
 Tell = Callable[..., None]  # event, **data
@@ -149,6 +152,7 @@ class Batch:
         self.elsewhere: list[Job] = []  # being made by another batch
         self.workers: list[Worker] = []
         self.stillborn = 0  # workers in a row that died before they were ready
+        self.pause, self.paused, self.pause_ends = PAUSE, 0.0, 0.0  # the next; all in a row; the present one's end
         folder.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(folder)
 
@@ -180,7 +184,7 @@ class Batch:
 
     def _turn(self) -> None:
         for worker in self.workers:
-            if worker.ready and not worker.job and self.pending:
+            if worker.ready and not worker.job and self.pending and time.monotonic() >= self.pause_ends:
                 self._give(worker, self.pending.popleft())
         for worker in self.engine.wait(self.workers, POLL):
             if worker in self.workers:  # not replaced a moment ago
@@ -222,7 +226,14 @@ class Batch:
         elif kind == "there":
             self._end(job, "there")
         elif kind == "done":
+            self.pause, self.paused = PAUSE, 0.0
             self._end(job, "done", seconds=data["seconds"])
+        elif data["full"] and self.paused < PATIENCE:
+            self.pending.appendleft(job)
+            if time.monotonic() >= self.pause_ends:  # not what another worker met in the same moment
+                self._say("waiting", text=f"{data['error']}; going on in {self.pause:.0f} s")
+                self.pause_ends = time.monotonic() + self.pause
+                self.paused, self.pause = self.paused + self.pause, min(2 * self.pause, 60.0)
         else:
             job.tries += 1
             if data["may_pass"] and job.tries < TRIES:
@@ -241,6 +252,8 @@ class Batch:
             else:
                 job.losses += 1
             if job.deaths >= DEATHS or job.losses >= LOSSES:
+                if held := claim.take(beside(self.folder / job.name, CLAIM, hidden=True)):  # the dead one's
+                    held.release()
                 self._end(job, "failed", error=f"{job.deaths + job.losses} workers died over it")
             else:
                 self.pending.appendleft(job)

@@ -10,9 +10,10 @@ It talks through a pipe, whatever that is made of: `send((kind, data))`, and `re
 | `event`  | a step, a note, a warning of the run                                              |
 | `busy`, `there` | another process is at work on it, or has been quicker                      |
 | `done`   | seconds                                                                           |
-| `failed` | error; may_pass: whether another try may go better, as after a full disk          |
+| `failed` | error; may_pass: whether another try may go better; full: whether the disk is     |
 """
 
+import errno
 import os
 import secrets
 import time
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from wan22.config import DEFAULT_TASK, Request, RequestError, RunError, WanError
+from wan22.config import DEFAULT_TASK, DiskFull, Request, RequestError, RunError, WanError
 from wan22.names import exists
 from wan22.options import Base, read_checkpoint, read_encoding, read_placement, read_precision
 from wan22.report import Reporter
@@ -128,11 +129,16 @@ def _make(pipe: Pipe, pipeline: Any, output: Path, request: Request, flags: dict
     except Busy:
         pipe.send(("busy", {}))
     except WanError as error:
-        pipe.send(("failed", {"error": str(error), "may_pass": isinstance(error, RunError)}))
+        data = {"may_pass": isinstance(error, RunError), "full": isinstance(error, DiskFull)}
+        pipe.send(("failed", {"error": str(error), **data}))
     except (EOFError, BrokenPipeError):
         raise
+    except OSError as error:  # of a folder or disk, and no reason to load the weights again
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+        said = "the disk is full" if full else error.strerror or str(error)
+        pipe.send(("failed", {"error": f"{error.filename or output}: {said}", "may_pass": True, "full": full}))
     except Exception as error:
-        pipe.send(("failed", {"error": f"{type(error).__name__}: {error}", "may_pass": False}))
+        pipe.send(("failed", {"error": f"{type(error).__name__}: {error}", "may_pass": False, "full": False}))
         if type(error).__name__ != "OutOfMemoryError":
             raise SystemExit(1) from error  # what else it broke is not known: the next one begins anew
     else:
