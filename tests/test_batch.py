@@ -242,6 +242,66 @@ def test_an_item_that_kills_workers_is_set_aside(tmp_path):
     assert [len(found[part]) for part in ("done", "running", "failed", "waiting")] == [1, 0, 1, 0]
 
 
+class Scripted:
+    """An engine of one worker that answers an item as told."""
+
+    devices, run = ["cpu"], "a run"
+
+    def __init__(self, *answers):
+        self.answers, self.given, self.ready, self.job, self.who = list(answers), [], True, None, 1
+
+    def start(self, place, ahead):
+        return self
+
+    def wait(self, workers, seconds):
+        time.sleep(0.005)
+        return workers
+
+    def give(self, name, request):
+        self.given.append((time.monotonic(), name.split("-")[0]))
+
+    def hear(self):
+        if self.job:
+            yield self.answers.pop(0)
+
+    def death(self):
+        return None
+
+    guilty = trouble = terminate = stop = close = death
+
+
+FULL = ("failed", {"error": "v.mp4: the disk is full", "may_pass": True, "full": True})
+FAILED = ("failed", {"error": "no luck", "may_pass": True, "full": False})
+DONE = ("done", {"seconds": 1.0})
+
+
+def test_a_full_disk_is_waited_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "PAUSE", 0.1)
+    (tmp_path / "p.txt").write_text("a\nb\nc")
+    _, jobs, bad = jobs_of(tmp_path / "p.txt")
+    told = []
+    engine = Scripted(FULL, FULL, DONE, FAILED, DONE, DONE)
+    outcomes = batch.Batch(jobs, tmp_path / "out", engine, lambda event, **_: told.append(event)).run(bad)
+    assert [one.what for one in outcomes] == ["done"] * 3
+    # The same item after each pause; what fails for another reason comes last.
+    assert "".join(name for _, name in engine.given) == "aaabcb"
+    times = [at for at, _ in engine.given]
+    assert times[1] - times[0] >= 0.1
+    assert times[2] - times[1] >= 0.2
+    assert (told.count("waiting"), told.count("retry")) == (2, 1)
+
+
+def test_patience_with_a_full_disk_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "PAUSE", 0.02)
+    monkeypatch.setattr(batch, "PATIENCE", 0.05)
+    (tmp_path / "p.txt").write_text("a")
+    _, jobs, bad = jobs_of(tmp_path / "p.txt")
+    engine = Scripted(*[FULL] * 9)
+    outcomes = batch.Batch(jobs, tmp_path / "out", engine, lambda event, **_: None).run(bad)
+    assert [one.what for one in outcomes] == ["failed"]
+    assert len(engine.given) == 4
+
+
 def test_changes():
     assert batch.changes(Request("a", seed=3, num_steps=40)) == {"prompt": "a", "seed": 3}
 
