@@ -15,11 +15,14 @@ import psutil
 import pytest
 from conftest import ROOT, TINY
 
-from wan22 import cli, journal
+import wan22
+from wan22 import batch_ray, cli, journal
+from wan22.batch_worker import Work
+from wan22.options import Base
 
 ray = pytest.importorskip("ray")
 
-SMALL = ["--ckpt_dir", str(TINY), "--size", "64x48", "--frames", "5", "--steps", "4", "--save-every", "0"]
+SMALL = ["--ckpt_dir", str(TINY), "--device", "cpu", "--size", "64x48", "--frames", "5", "--steps", "4"]
 
 
 @pytest.fixture
@@ -52,6 +55,26 @@ def test_what_cannot_be(tmp_path, monkeypatch, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_a_node_that_is_another_place(tmp_path, monkeypatch):
+    """What an actor finds wrong where it is: another version, or another folder under the output's name."""
+    monkeypatch.setattr(batch_ray, "SEEN", 0.0)
+    work = Work({}, Base({}, {}, {}), tmp_path)
+    here = batch_ray.Home(wan22.__version__, tmp_path)
+    assert "is not where the batch was begun" in batch_ray._elsewhere(work, here)["message"]
+    log = journal.Journal(tmp_path)
+    log.add("begin", run="another")
+    assert "all nodes share" in batch_ray._elsewhere(work, here)["hint"]
+    log.add("begin", run=work.run)
+    assert batch_ray._elsewhere(work, here) is None
+    assert "version" in batch_ray._elsewhere(work, batch_ray.Home("0.0.1", tmp_path))["message"]
+
+
+def test_the_line_that_matters():
+    told = "The actor died because of an error\n  File x, line 3\nModuleNotFoundError: No module named 'wan22'\n"
+    assert batch_ray._last_line(RuntimeError(told)) == "ModuleNotFoundError: No module named 'wan22'"
+    assert batch_ray._last_line(RuntimeError("one\ntwo\n")) == "two"
+
+
 def test_a_node_is_killed_and_a_poisonous_item_set_aside(cluster, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("\n".join(["poison", *"abcdef", "bad --size 65x48"]))
@@ -76,7 +99,8 @@ def test_a_node_is_killed_and_a_poisonous_item_set_aside(cluster, tmp_path, monk
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    words = ["batch", "p.txt", "--output", "out", *SMALL, "--engine", "ray", "--ray-address", cluster.address, "--json"]
+    words = ["batch", "p.txt", "--output", "out", *SMALL, "--engine", "ray", "--json"]
+    words += ["--ray-address", cluster.address, "--save-every", "0"]
     start = time.perf_counter()
     code = cli.main(words)
     seconds = time.perf_counter() - start
