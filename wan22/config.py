@@ -43,6 +43,10 @@ class RunError(WanError):
     """The run failed while running."""
 
 
+class DiskFull(RunError):
+    """There is no room to write in; there may be later."""
+
+
 class RequestError(WanError, ValueError):
     """The request was wrong: a flag, a size, a missing or broken file. Nothing was loaded."""
 
