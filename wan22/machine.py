@@ -23,8 +23,7 @@ class Room:
     name: str = ""
 
 
-# --- the disk -----------------------------------------------------------------------------------------------------------
-
+# --- the disk --------------------------------------------------------------------------------------------------------
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/wan22`, or `~/.cache/wan22`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "wan22"
