@@ -192,6 +192,7 @@ def test_decoding_and_text(run):
     assert code == 0
     assert list(table) == [("text", "float32"), ("decode", "float32"), ("decode", "diffusers float32"),
                            ("decode", "bf16"), ("decode", "diffusers bf16")]  # fmt: skip
-    assert table["decode", "diffusers float32"]["psnr"] > 100
+    assert table["decode", "float32"]["psnr"] is None
+    assert (table["decode", "diffusers float32"]["psnr"] or 200) > 100
     assert table["decode", "bf16"]["psnr"] > max(50, table["decode", "diffusers bf16"]["psnr"])
     assert run("--no-forward")[0] == 2

@@ -49,9 +49,9 @@ def laid(x: Tensor) -> Tensor:
 
 
 def prepare(decoder: Any, dtype: torch.dtype) -> None:
-    """Convolutions in their device's layout; those of the attention and of all stages but the first in `dtype`, where all but a
-    twentieth of the arithmetic is. What comes before them, and the last one, stays float32: rounded too, they would
-    cost half of the accuracy (tests/test_vae.py). Norms are float32."""
+    """Convolutions in their device's layout; those of the attention and of all stages but the first in `dtype`, where
+    all but a twentieth of the arithmetic is. What comes before them, and the last one, stays float32: rounded too, they
+    would cost half of the accuracy (docs/speed.md). Norms are float32."""
     parts = (decoder.mid_block.attentions, decoder.up_blocks[1:])
     rounded = {id(module) for part in parts for module in part.modules()}
     for module in decoder.modules():
