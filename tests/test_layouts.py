@@ -221,6 +221,27 @@ def test_gguf(base, experts, expected, tmp_path, kind, most):
         assert same(run(base, "bf16", **flags), run(reference, "bf16"))
 
 
+def hostile_gguf(values=b"", keys=0, name=b"", tensors=0):
+    head = b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + values
+    return head + struct.pack("<Q", len(name)) + name + struct.pack("<IQ", 9, 1) + bytes(64)
+
+
+@pytest.mark.parametrize("content", [
+    hostile_gguf(struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000, keys=1),
+    hostile_gguf(name=b"\x1b[2J\nblocks", tensors=1),
+    hostile_gguf(name=b"a" * 5000, tensors=1),
+    hostile_gguf(tensors=1 << 60),
+    b"GGUF" + bytes(2),
+])  # fmt: skip
+def test_a_hostile_gguf_is_told_in_one_line(capsys, tmp_path, content):
+    (tmp_path / "a.gguf").write_bytes(content)
+    assert main(["show", str(tmp_path / "a.gguf")]) == 2
+    said = capsys.readouterr().err
+    assert "broken GGUF header" in said
+    assert said.count("\n") == 1
+    assert said[:-1].isprintable()
+
+
 def test_gguf_vocabularies_are_skipped(tmp_path):
     """What a umt5 file carries beside its weights: 256,384 tokens, over which the package's own reader takes 48 s."""
     path = tmp_path / "vocabulary.gguf"

@@ -35,7 +35,7 @@ FLOORS = [
     {"target"},
     {"journal"},
     {"names", "report", "verify", "claim"},
-    {"memory"},
+    {"memory", "capability"},
     {"machine", "vae_sizes", "work", "clock", "part_shapes"},
     {"config"},
 ]

@@ -61,10 +61,11 @@ def plan_jobs(items: list[Item], bad: list[Bad], flags: Flags, base: Base) -> tu
     """Every item's name, and what turns out bad once the checkpoint is known. Reads headers only. Raises RequestError,
     and DoesNotFit where the machine holds none of them.
     """
-    from wan22.pipeline import _device, find_adapters, video_name
+    from wan22.pipeline import _device, find_adapters, resolve_precision, video_name
 
     checkpoint, placement = read_checkpoint(flags, base, DEFAULT_TASK), read_placement(flags, base)
-    precision, identity = read_precision(flags, base).resolve(_device(placement.device).type), checkpoint.identity()
+    precision = resolve_precision(read_precision(flags, base), _device(placement.device))
+    identity = checkpoint.identity()
     adapters, jobs, bad = find_adapters(checkpoint, placement), [], list(bad)
     sizes, too_large = plan.Sizes.of(checkpoint), None
     fits = functools.lru_cache(None)(lambda request: plan.require_here(request, precision, placement, sizes))

@@ -18,12 +18,14 @@ import typer
 
 import wan22
 import wan22.plan as planning
+from wan22.capability import ADA, PRESETS
 from wan22.checkpoint import Parts, find_checkpoint, open_checkpoint
 from wan22.config import (
     ATTENTIONS,
     CODECS,
     DEFAULT_TASK,
     SOLVERS,
+    WEIGHTS,
     Encoding,
     Placement,
     Precision,
@@ -65,6 +67,12 @@ app = typer.Typer(
 
 
 LORA = "FILE[:STRENGTH[:LEAD]]"
+# What may be approximated.
+Precise = Annotated[
+    str | None, typer.Option(help=f"{', '.join(PRESETS)}: settings of the flags below, as this card can do them.")
+]
+Dtype = Annotated[str | None, typer.Option(help=f"Weights: {', '.join(WEIGHTS)}; fp8 and int8 approximate.")]
+Scope = Annotated[str | None, typer.Option(help="Of 8-bit products: ffn, or all (default).")]
 # Parts of a checkpoint, for every command that opens one.
 HighNoise = Annotated[
     str | None, typer.Option(metavar="PATH", help="Another high-noise expert: a file or folder in any layout.")
@@ -140,6 +148,10 @@ def generate(
     lora_dir: Annotated[str | None, typer.Option(help="Where to look first for adapters named without a path.")] = None,
     lead_steps: Annotated[int | None, typer.Option(help="First steps with LEAD strengths and --guidance-lead.")] = None,
     guidance_lead: Annotated[float | None, typer.Option(help="Of the lead steps.")] = None,
+    guidance_start: Annotated[
+        float | None, typer.Option(metavar="X", help="No guidance before this fraction of the steps; default: 0.")
+    ] = None,
+    guidance_stop: Annotated[float | None, typer.Option(metavar="X", help="None from this one on; default: 1.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", "--base-seed", help="Default: one is drawn and told.")] = None,
     noise_device: Annotated[str | None, typer.Option(help="cpu, or cuda to draw as the published code does.")] = None,
     output: Annotated[
@@ -153,9 +165,14 @@ def generate(
     crf: Annotated[int | None, typer.Option(help=f"Of an .mp4: 0 (best) to 51; default: {Encoding.crf}.")] = None,
     codec: Annotated[str | None, typer.Option(help=f"Of an .mp4: {', '.join(CODECS)}.")] = None,
     from_file: Annotated[str | None, typer.Option("--from", help="Make the video of this file again.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Weights: auto, bf16, float32.")] = None,
+    precision: Precise = None,
+    dtype: Dtype = None,
+    scope: Scope = None,
     attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTIONS) + ".")] = None,
     vae_dtype: Annotated[str | None, typer.Option(help="float32 (default, exact), or bf16 (50 dB PSNR).")] = None,
+    step_cache: Annotated[
+        float | None, typer.Option(metavar="X", help="Skip blocks while the first one changes less than this: 0.08.")
+    ] = None,
     convert_model_dtype: Annotated[
         bool, typer.Option("--convert-model-dtype", help="Experts in bf16 (what a GPU does anyway).")
     ] = False,
@@ -181,7 +198,7 @@ def generate(
     base = read_base(flags)
     settings = read_request(flags, base)
     request = make_request(settings)
-    precision, placement = read_precision(flags, base), read_placement(flags, base)
+    precise, placement = read_precision(flags, base), read_placement(flags, base)
     encoding = read_encoding(flags, base)
     extension = None
     if any(flags[name] for name in flags if "prompt_extend" in name):
@@ -197,12 +214,12 @@ def generate(
             check_sidecar(output, if_exists=if_exists)
     checkpoint = read_checkpoint(flags, base, request.task)
     request = make_request(settings, checkpoint)
-    planning.require_here(request, precision, placement, planning.Sizes.of(checkpoint))
+    planning.require_here(request, precise, placement, planning.Sizes.of(checkpoint))
     from wan22.pipeline import Pipeline
     from wan22.report import ConsoleReporter, JsonReporter
 
     reporter = JsonReporter() if json_lines else ConsoleReporter()
-    pipeline = Pipeline(checkpoint, precision, placement, encoding)
+    pipeline = Pipeline(checkpoint, precise, placement, encoding)
     if base.checkpoint and base.checkpoint != pipeline.identity:
         raise RequestError(
             f"--from {from_file}: was made with another checkpoint than {checkpoint.folder}",
@@ -331,7 +348,9 @@ def convert(
 def plan(
     size: Annotated[str, typer.Option(help="1280*720, 720p, 480p; any multiples of 16.")] = "720p",
     frames: Annotated[int | None, typer.Option("--frames", "--frame-num", help="4n + 1.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Weights: auto, bf16, float32.")] = None,
+    precision: Precise = None,
+    dtype: Dtype = None,
+    scope: Scope = None,
     offload: Annotated[str, typer.Option(help="auto, none, expert, block, disk.")] = "auto",
     t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
     gpu_memory: Annotated[str | None, typer.Option(help="As if so much were free: 24GiB; 0 for none.")] = None,
@@ -341,6 +360,10 @@ def plan(
     json_lines: Annotated[bool, typer.Option("--json", help="Every term, in bytes, as one JSON object.")] = False,
 ) -> None:
     """Say what a video needs of memory and disk, and which placement it would take; exit 3 when nothing fits."""
+    flags = {**dict(locals()), "attention": None, "step_cache": None, "convert_model_dtype": False, "vae_dtype": None,
+             "device": "cpu" if gpu_memory == "0" else None}  # fmt: skip
+    # A card that is only imagined can do all that there is.
+    precise = read_precision(flags, Base({}, {}, {}), ADA if gpu_memory not in (None, "0") else None)
     width, height = parse_size(size)
     request = Request("x", width=width, height=height, **given(num_frames=frames))
     sizes = planning.Sizes.published()
@@ -348,7 +371,7 @@ def plan(
         sizes = planning.Sizes.of(open_checkpoint(find_checkpoint(model, ckpt_dir)))
     gpu, host = planning.rooms(gpu_memory, host_memory)
     placement = Placement(offload=offload, text_encoder="cpu" if t5_cpu else "auto")
-    made = planning.make_plan(request, Precision(**given(weights=dtype)), placement, sizes, gpu, host)
+    made = planning.make_plan(request, precise, placement, sizes, gpu, host)
     print(json.dumps(planning.as_dict(made)) if json_lines else planning.as_text(made, request, sizes))
     raise typer.Exit(0 if made.chosen else 3)
 
@@ -407,7 +430,8 @@ def describe(
     """What `generate` would do, on stdout. A prompt that would be extended is still the one given."""
     from wan22.sampling import describe_split, plan_steps
 
-    steps = plan_steps(request)
+    steps, (start, stop) = plan_steps(request), (request.guidance_start, request.guidance_stop)
+    scope = f" ({pipeline.precision.scope})" if pipeline.precision.scope else ""
     facts = {
         "prompt": request.prompt,
         **({"extended by": str(extension)} if extension else {}),
@@ -415,13 +439,15 @@ def describe(
         "steps": f"{request.num_steps} ({request.solver}, shift {request.shift:g}): "
         + describe_split(steps, request.spec.experts),
         "guidance": (f"{request.guidance_lead:g} in {request.lead_steps} lead steps, " if request.lead_steps else "")
-        + f"{request.guidance_high:g} high noise, {request.guidance_low:g} low noise",
+        + f"{request.guidance_high:g} high noise, {request.guidance_low:g} low noise"
+        + (f", from {start:g} to {stop:g} of the steps" if (start, stop) != (0, 1) else ""),
         **({"adapters": "; ".join(map(str, request.loras))} if request.loras else {}),
         "seed": request.seed,
         "checkpoint": str(pipeline.checkpoint.folder),
-        "weights": f"{pipeline.precision.weights}, {pipeline.experts.bytes / 2**30:.2f} GiB both experts, "
+        "weights": f"{pipeline.precision.weights}{scope}, {pipeline.experts.bytes / 2**30:.2f} GiB both experts, "
         + planning.describe(pipeline.plan(request)),
         "attention": pipeline.precision.attention,
+        **({"step cache": pipeline.precision.step_cache} if pipeline.precision.step_cache else {}),
         "device": str(pipeline.device),
         "output": str(target),
     }
@@ -457,7 +483,8 @@ NOT_IN_BATCH = (
 )  # fmt: skip
 OF_A_LINE = (
     "prompt", "negative_prompt", "size", "frames", "fps", "steps", "shift", "solver", "guidance", "guidance_low",
-    "lora", "lora_high", "lora_low", "lead_steps", "guidance_lead", "seed", "noise_device", "task",
+    "lora", "lora_high", "lora_low", "lead_steps", "guidance_lead", "guidance_start", "guidance_stop", "seed",
+    "noise_device", "task",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from wan22.load import assemble, empty_expert
 from wan22.lora import Adapters, Merge
 from wan22.memory import OUT_OF_MEMORY, Memory, memory_of
 from wan22.model import WanTransformer
+from wan22.quantize import EightBit
 from wan22.streaming import BlockStream, Files, HostCopy, Piece, Source, evenly, pieces_of
 
 ROOM_FOR_WORK = 0.25  # of the host's free memory, left alone when files are read ahead
@@ -57,11 +58,13 @@ class Experts:
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, adapters: Adapters,
         ladder: Sequence[Residency] = (Residency("expert"),), memory: Memory | None = None,
+        eight_bit: EightBit | None = None,
     ) -> None:  # fmt: skip
-        """ladder: the residency, and what follows it where memory runs out. Names and shapes are checked here; no
-        weight is read. Raises RequestError."""
+        """ladder: the residency, and what follows it where memory runs out; eight_bit: which products are. Names and
+        shapes are checked here; no weight is read. Raises RequestError."""
         self.checkpoint, self.dtype, self.device, self.adapters = checkpoint, dtype, device, adapters
-        self._empty = {name: empty_expert(expert, dtype) for name, expert in checkpoint.experts.items()}
+        self.eight_bit = eight_bit
+        self._empty = {name: empty_expert(expert, dtype, eight_bit) for name, expert in checkpoint.experts.items()}
         self.bytes = sum(tensor.nbytes for model in self._empty.values() for tensor in model.state_dict().values())
         self.attention = "torch"  # the backend's name; set before an expert is asked for
         self.ladder = list(ladder)
@@ -218,7 +221,7 @@ class Experts:
         self, key: Key, flats: dict[int, Tensor], streamed: Sequence[int], buffers: Sequence[Tensor],
         source: Source | None,
     ) -> _Placed:  # fmt: skip
-        model = empty_expert(self.checkpoint.experts[key.name], self.dtype)
+        model = empty_expert(self.checkpoint.experts[key.name], self.dtype, self.eight_bit)
         pieces = self._pieces(key.name)
         flats = flats | {number: buffers[place % 2] for place, number in enumerate(streamed)}
         state: dict[str, Tensor] = {}
@@ -232,8 +235,8 @@ class Experts:
 
     # --- waiting in the host's memory ----------------------------------------------------------------------------
     def _copy(self, key: Key, wanted: Sequence[int] | None, stopped: Callable[[], bool] = lambda: False) -> HostCopy:
-        pieces = self._pieces(key.name)
-        return HostCopy(self._files(key), pieces, wanted or list(pieces), self.memory, bool(key.merges), stopped)
+        pieces, work = self._pieces(key.name), bool(key.merges or self.eight_bit)
+        return HostCopy(self._files(key), pieces, wanted or list(pieces), self.memory, work, stopped)
 
     def _copy_of(self, key: Key) -> HostCopy | None:
         return next((copy for of, copy in self._copies if of == key), None)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import wan22
 from wan22.attention import Shape, choose
+from wan22.capability import resolve
 from wan22.checkpoint import Checkpoint, Parts, find_checkpoint, hub_cache, open_checkpoint
 from wan22.config import (
     DEFAULT_TASK,
@@ -32,7 +33,7 @@ from wan22.config import (
     load_preset,
 )
 from wan22.experts import Experts
-from wan22.load import DTYPES
+from wan22.load import DTYPES, eight_bit_of
 from wan22.lora import Adapters
 from wan22.memory import limit_gpu_memory
 from wan22.names import default_output
@@ -41,6 +42,7 @@ from wan22.prompt_cache import Encoded, cache_for
 from wan22.report import Reporter
 from wan22.sampling import denoise, describe_split, draw_noise, first_loras, plan_steps
 from wan22.state import RunState, begin_automatic, begin_given, read_state
+from wan22.step_cache import StepCache
 from wan22.text_encoder import Tokenizer, check_text_encoder, encode_all
 from wan22.vae import VideoVAE, check_vae, to_uint8
 from wan22.vae_sizes import Grid
@@ -76,12 +78,14 @@ class Pipeline:
         """Checks every file's names and shapes; reads no weight. Raises RequestError."""
         self.checkpoint, self.placement, self.encoding = checkpoint, placement, encoding
         self.device = _device(placement.device)
-        self.precision = precision.resolve(self.device.type)
+        self.precision = resolve_precision(precision, self.device)
         self.dtype = DTYPES[self.precision.weights]
         check_text_encoder(checkpoint)
         check_vae(checkpoint)
         self.adapters = find_adapters(checkpoint, placement)
-        self.experts = Experts(checkpoint, self.dtype, self.device, self.adapters)
+        self.experts = Experts(
+            checkpoint, self.dtype, self.device, self.adapters, eight_bit=eight_bit_of(self.precision)
+        )
         self._attention_chosen = False
         self.sizes = Sizes.of(checkpoint)
         self.identity = checkpoint.identity()
@@ -232,15 +236,18 @@ class Pipeline:
         with reporter.phase("denoise"):
             noise = draw_noise(request, self.device)
             reporter.begin_steps(len(steps), begun.done if begun else 0)
+            cache = StepCache(self.precision.step_cache)
             try:
                 negative = contexts[1] if guided else None
                 latents = denoise(
                     request, self.experts, noise, contexts[0], negative,
                     on_step=lambda step: reporter.step(step.index, step.expert, step.timestep),
-                    begun=begun, keep=state.keep if state else lambda progress: None, warn=reporter.warn,
+                    begun=begun, keep=state.keep if state else lambda progress: None, warn=reporter.warn, cache=cache,
                 )  # fmt: skip
             finally:
                 reporter.end_steps()
+        if cache.threshold:
+            reporter.note(f"the step cache spared {cache.skipped} of {len(steps)} steps", skipped=cache.skipped)
         reporter.stall = self.experts.stall
         if cold and self.experts.first_ready:
             reporter.to_first_step = self.experts.first_ready - _process_start()
@@ -339,6 +346,12 @@ def video_name(folder: Path, request: Request, precision: Precision, identity: s
     """A name made of the prompt and a digest of all that decides the picture; request and precision are resolved."""
     decides = digest(request.to_dict(), precision.to_dict(), {"": identity})
     return default_output(folder, request.original_prompt or request.prompt, decides)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """A precision as this device runs it. Raises RequestError for what it cannot do."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return resolve(precision, device.type, capability)
 
 
 def find_adapters(checkpoint: Checkpoint, placement: Placement) -> Adapters:

@@ -16,6 +16,7 @@ from wan22.sizes import (
     Sizes,
     Terms,
     block_moments,
+    cache_terms,
     host_terms,
     lasting_terms,
     text_terms,
@@ -84,11 +85,13 @@ def make_plan(
     """gpu: its room, None for a run on the CPU; fused: whether the Triton kernels run, which they do on a GPU. Never
     raises for what does not fit: the plan says so."""
     device = "cuda" if gpu else "cpu"
-    item = ITEM[precision.resolve(device).weights]
+    precision = precision.resolve(device)
+    item, sizes = ITEM[precision.weights], sizes.at(precision)
     fused = device == "cuda" if fused is None else fused
-    moments = block_moments(tokens_of(request), sizes, item, fused)
+    moments = block_moments(tokens_of(request), sizes, item, fused, precision.attention.startswith("int8"))
     moment = max(moments, key=lambda name: total(moments[name]))
-    activations = lasting_terms(request, sizes, item) | {f"{moment}: {name}": n for name, n in moments[moment].items()}
+    lasting = lasting_terms(request, sizes, item) | cache_terms(request, sizes, precision)
+    activations = lasting | {f"{moment}: {name}": n for name, n in moments[moment].items()}
     budget = None
     if gpu:
         budget = min(gpu.free, placement.gpu_memory_limit or gpu.free) - GPU_RESERVE
