@@ -70,6 +70,16 @@ def test_text_and_placements(run, offload):
     assert all(f"  {part}" in out for part in ("q k v", "attention", "o", "cross", "ffn", "norms, elementwise"))
 
 
+def test_8_bits(run):
+    """Products in scope are measured as the model makes them; approximate attention may set the floor then."""
+    code, out, _ = run("--quick", "--json", "--dtype", "int8", "--scope", "ffn", "--attention", "int8")
+    rows = [json.loads(line) for line in out.splitlines()]
+    dtypes = {row["name"]: row["dtype"] for row in rows if row["kind"] == "product"}
+    assert code == 0
+    assert (dtypes["ffn in"], dtypes["q k v"], dtypes["head"]) == ("int8", "bfloat16", "float32")
+    assert next(row for row in rows if row["kind"] == "forward")["finite"]
+
+
 @pytest.mark.slow
 def test_compiled(run):
     code, out, _ = run("--quick", "--json", "--against", "diffusers")

@@ -119,7 +119,7 @@ def _measure(pipeline: Pipeline, request: Request) -> Row:
         "measured_bytes": _most(phases, "measured"), "measured_host_bytes": _most(phases, "host"),
         "outside_torch_bytes": _outside_torch(pipeline.device),
         # By the counting allocator: on a CPU all that there is, on a GPU of pinned memory.
-        "predicted_weights": total(weight_terms(chosen.residency, pipeline.sizes, item)),
+        "predicted_weights": total(weight_terms(chosen.residency, pipeline.sizes.at(pipeline.precision), item)),
         "counted_weights": memory.on_device.peak or None, "pinned_bytes": memory.on_host.peak,
         "stayed": pipeline.experts.residency == chosen.residency and not heard.warnings, "warnings": heard.warnings,
     }  # fmt: skip
