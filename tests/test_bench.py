@@ -62,11 +62,11 @@ def test_rows(run):
     assert table["run"]["seconds"] == pytest.approx(80 * table["forward"]["seconds"])
 
 
-@pytest.mark.parametrize("offload", ["expert", "block", "disk"])
+@pytest.mark.parametrize("offload", ["auto", "expert", "block", "disk"])
 def test_text_and_placements(run, offload):
     code, out, _ = run("--quick", "--offload", offload)
     assert code == 0
-    assert f"--offload {offload}" in out
+    assert f"--offload {'none' if offload == 'auto' else offload}" in out
     assert all(f"  {part}" in out for part in ("q k v", "attention", "o", "cross", "ffn", "norms, elementwise"))
 
 
@@ -93,6 +93,12 @@ def test_diffusers_does_the_same_work(run):
     assert (code, row["name"], row["form"]) == (0, "diffusers", "eager")
     print(f"velocity: {row['difference']:.1e} from diffusers'")
     assert row["difference"] < 2e-5
+
+
+def test_what_does_not_fit(run):
+    code, out, err = run("--size", "16384x16384", "--frames", "81", "--offload", "auto")
+    assert (code, out) == (3, "")
+    assert "it does not fit: --offload" in err
 
 
 def test_what_cannot_be(run, small, monkeypatch):

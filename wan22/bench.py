@@ -153,15 +153,17 @@ def about(pipeline: Pipeline, request: Request, config: TransformerConfig, token
 
 
 def option_for(pipeline: Pipeline, request: Request) -> Option:
-    """The placement asked for, in its best form here; only the steps of it must fit. Raises DoesNotFit."""
+    """The placement asked for, in its best form here, or the first that fits; only the steps of it must. Raises
+    DoesNotFit."""
     gpu, host = pipeline.experts.memory.rooms()
     plan = make_plan(request, pipeline.precision, pipeline.placement, pipeline.sizes, gpu, host)
-    option = next(one for one in plan.options if one.residency.kind == pipeline.placement.offload)
-    free, needs = (plan.gpu_free - GPU_RESERVE if gpu else host.free), option.peak("denoise")
-    if needs > free:
-        raise DoesNotFit(f"it does not fit: --offload {option.residency.kind} needs {gib(needs)}; free: {gib(free)}",
-                         hint="--layers N, a smaller --size, or --offload block")  # fmt: skip
-    return option
+    options = [one for one in plan.options if pipeline.placement.offload in ("auto", one.residency.kind)]
+    free = plan.gpu_free - GPU_RESERVE if gpu else host.free
+    if fitting := [one for one in options if one.peak("denoise") <= free]:
+        return fitting[0]
+    least = min(options, key=lambda one: one.peak("denoise"))
+    said = f"--offload {least.residency.kind} needs {gib(least.peak('denoise'))}; free: {gib(free)}"
+    raise DoesNotFit(f"it does not fit: {said}", hint="--layers N, a smaller --size, or --offload block")
 
 
 def evaluations(request: Request) -> int:
