@@ -10,10 +10,14 @@ from conftest import ROOT
 
 FLOORS = [
     {"cli"},
+    {"cli_many", "cli_bench"},
     {"batch", "bench", "compare"},
+    {"batch_local", "batch_ray"},
+    {"batch_worker"},
     {"items", "bench_parts", "bench_memory"},
     {"options"},
     {"pipeline", "convert", "download", "prompt_extend", "gallery"},
+    {"preview"},
     {"plan", "text_encoder", "sampling", "vae", "video", "contents", "random_weights", "rivals",
      "prompt_cache"},
     {"sizes"},

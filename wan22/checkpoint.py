@@ -180,6 +180,10 @@ class Checkpoint:
         _add_tokenizer(state, self.tokenizer)
         return state.hexdigest()
 
+    def vae_identity(self) -> str:
+        """A digest (hex) of what the VAE alone is."""
+        return _digest(self.vae).hex()
+
 
 def _add_tokenizer(state: Any, folder: Path) -> None:
     for path in sorted(path for path in folder.iterdir() if path.is_file()):

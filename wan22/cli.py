@@ -4,20 +4,19 @@ Long options may be written with `-` or `_`. stdout carries data, stderr everyth
 while running, 2 wrong request, 3 does not fit, 130 and 143 interrupted. No traceback unless `--debug`.
 """
 
-import inspect
 import json
 import os
-import re
 import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 import wan22
 import wan22.plan as planning
+from wan22 import cli_bench, cli_many
 from wan22.capability import ADA, PRESETS
 from wan22.checkpoint import Parts, find_checkpoint, open_checkpoint
 from wan22.config import (
@@ -39,8 +38,10 @@ from wan22.config import (
 from wan22.names import next_free
 from wan22.options import (
     Base,
+    Flags,
     given,
     make_request,
+    normalize,
     read_any_record,
     read_base,
     read_checkpoint,
@@ -48,7 +49,6 @@ from wan22.options import (
     read_placement,
     read_precision,
     read_request,
-    with_options_of,
 )
 from wan22.state import is_finished
 from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
@@ -56,6 +56,7 @@ from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
 if TYPE_CHECKING:
     from wan22.pipeline import Pipeline
     from wan22.prompt_extend import Extension
+    from wan22.report import Reporter
 
 app = typer.Typer(
     name="wan22",
@@ -160,6 +161,9 @@ def generate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
     save_every: Annotated[float | None, typer.Option(metavar="SECONDS", help="Between savings of the state.")] = None,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Show what it comes to in NAME.preview.webp, until the video is there.")
+    ] = False,
     keep_latents: Annotated[bool, typer.Option("--keep-latents", help="Leave NAME.latents.safetensors too.")] = False,
     sidecar: Annotated[bool, typer.Option("--sidecar", help="Write the file's record to NAME.json too.")] = False,
     crf: Annotated[int | None, typer.Option(help=f"Of an .mp4: 0 (best) to 51; default: {Encoding.crf}.")] = None,
@@ -200,18 +204,9 @@ def generate(
     request = make_request(settings)
     precise, placement = read_precision(flags, base), read_placement(flags, base)
     encoding = read_encoding(flags, base)
-    extension = None
-    if any(flags[name] for name in flags if "prompt_extend" in name):
-        from wan22.prompt_extend import Extension
-
-        if extension := Extension.read(flags):
-            extension.check()
+    extension = read_extension(flags)
     if output:
-        # Whole, with its state beside it: a kill came just before the end. The same command tidies up.
-        if_exists: IfExists = "replace" if overwrite or is_finished(Path(output)) else "error"
-        check_writable(output, if_exists=if_exists, encoding=encoding)
-        if sidecar:
-            check_sidecar(output, if_exists=if_exists)
+        check_output(output, overwrite, sidecar, encoding)
     checkpoint = read_checkpoint(flags, base, request.task)
     request = make_request(settings, checkpoint)
     planning.require_here(request, precise, placement, planning.Sizes.of(checkpoint))
@@ -236,23 +231,7 @@ def generate(
         check_writable("video.mp4", if_exists="number", encoding=encoding)
     if extension:
         request = extension(request, pipeline.device, reporter)
-    drawn = request.seed is None
-    request, state = pipeline.begin(request, target, overwrite)
-    with state:
-        if state.begun:
-            reporter.note(
-                f"going on from step {state.begun.done} of {state.steps}, seed {request.seed}",
-                resumed=state.begun.done, steps=state.steps, seed=request.seed,
-            )  # fmt: skip
-        else:
-            reporter.note(f"seed {request.seed}" + (" (drawn)" if drawn else ""), seed=request.seed)
-        for adapter in request.loras:
-            reporter.note(f"adapter {adapter}", sha256=adapter.sha256)
-        policy: IfExists = "number" if target is None else "replace" if overwrite else "error"
-        path = pipeline.generate_file(request, state, policy, keep_latents, reporter)
-        if sidecar:
-            write_sidecar(path, policy)
-    reporter.finished(str(path))
+    make(pipeline, request, target, flags, reporter)
 
 
 @app.command()
@@ -412,6 +391,51 @@ def decode(
     reporter.finished(str(path))
 
 
+def read_extension(flags: Flags) -> "Extension | None":
+    """How the prompt is to be extended, and that it can be. Raises RequestError."""
+    if not any(flags[name] for name in flags if "prompt_extend" in name):
+        return None
+    from wan22.prompt_extend import Extension
+
+    if extension := Extension.read(flags):
+        extension.check()
+    return extension
+
+
+def check_output(output: str, overwrite: bool, sidecar: bool, encoding: Encoding) -> None:
+    """That the file asked for can be written. Raises RequestError."""
+    # Whole, with its state beside it: a kill came just before the end. The same command tidies up.
+    if_exists: IfExists = "replace" if overwrite or is_finished(Path(output)) else "error"
+    check_writable(output, if_exists=if_exists, encoding=encoding)
+    if sidecar:
+        check_sidecar(output, if_exists=if_exists)
+
+
+def make(pipeline: "Pipeline", request: Request, target: Path | None, flags: Flags, reporter: "Reporter") -> None:
+    """One run from where it stands to its end, told of. Raises RequestError, RunError."""
+    from wan22.preview import preview_path
+
+    drawn = request.seed is None
+    request, state = pipeline.begin(request, target, bool(flags["overwrite"]))
+    with state:
+        if state.begun:
+            reporter.note(
+                f"going on from step {state.begun.done} of {state.steps}, seed {request.seed}",
+                resumed=state.begun.done, steps=state.steps, seed=request.seed,
+            )  # fmt: skip
+        else:
+            reporter.note(f"seed {request.seed}" + (" (drawn)" if drawn else ""), seed=request.seed)
+        if flags["preview"]:
+            reporter.note(f"preview: {preview_path(state.output)}", preview=str(preview_path(state.output)))
+        for adapter in request.loras:
+            reporter.note(f"adapter {adapter}", sha256=adapter.sha256)
+        policy: IfExists = "number" if target is None else "replace" if flags["overwrite"] else "error"
+        path = pipeline.generate_file(request, state, policy, flags["keep_latents"], reporter, flags["preview"])
+        if flags["sidecar"]:
+            write_sidecar(path, policy)
+    reporter.finished(str(path))
+
+
 def refuse_unready_parallel(dit_fsdp: bool, t5_fsdp: bool, ulysses_size: int) -> None:
     """Several GPUs come with a later version; till then every way to ask for them is one line. Raises RequestError."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -458,185 +482,8 @@ def describe(
             print(f"{name:<12}{value}")
 
 
-def normalize(argv: list[str]) -> tuple[list[str], bool]:
-    """`--frame_num` → `--frame-num`, in names and not in values; `--debug` is taken from wherever it stands."""
-    words: list[str] = []
-    debug = False
-    for place, word in enumerate(argv):
-        if word == "--":
-            return words + argv[place:], debug
-        if word == "--debug":
-            debug = True
-        elif re.match(r"--[A-Za-z]", word):
-            name, equals, value = word.partition("=")
-            words.append(name.replace("_", "-") + equals + value)
-        else:
-            words.append(word)
-    return words, debug
-
-
-# For the whole batch, or for one video alone.
-NOT_IN_BATCH = (
-    "prompt", "output", "overwrite", "from_file", "json_lines", "dry_run", "sidecar", "use_prompt_extend",
-    "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang", "prompt_extend_url",
-    "prompt_extend_fallback",
-)  # fmt: skip
-OF_A_LINE = (
-    "prompt", "negative_prompt", "size", "frames", "fps", "steps", "shift", "solver", "guidance", "guidance_low",
-    "lora", "lora_high", "lora_low", "lead_steps", "guidance_lead", "guidance_start", "guidance_stop", "seed",
-    "noise_device", "task",
-)  # fmt: skip
-
-
-@app.command()
-@with_options_of(generate, without=NOT_IN_BATCH)
-def batch(
-    file: Annotated[str, typer.Argument(help="Prompts (.txt), a table (.jsonl, .csv), or a folder of videos.")],
-    output: Annotated[str | None, typer.Option("--output", help="The folder; default: FILE-videos.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="1..8, or 1,2,5: each item with each of them.")] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Each item so often, with another seed each time.")] = 1,
-    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only this part; default: a SLURM array's.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one a GPU, one on a CPU.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
-    json_lines: Annotated[bool, typer.Option("--json", help="Events, one JSON object a line on stdout.")] = False,
-    **flags: Any,
-) -> None:
-    """Make many videos; run again, or elsewhere too, to go on. Flags of generate count for items that do not say."""
-    refuse_unready_parallel(flags["dit_fsdp"], flags["t5_fsdp"], flags["ulysses_size"])
-    flags["prompt"] = flags["from_file"] = None
-    if seeds and (repeat > 1 or flags["seed"] is not None):
-        raise RequestError("--seeds goes with neither --seed nor --repeat", hint="give one of them")
-    from wan22 import batch as library
-    from wan22.gallery import write_gallery
-    from wan22.items import parse_seeds, read_items
-
-    source, base = Path(file), read_base(flags)
-    part, parts = library.parse_shard(shard)
-    items, bad = read_items(source, flags, base, read_checkpoint(flags, base, DEFAULT_TASK), parse_line,
-                            seeds=parse_seeds(seeds) if seeds else [], repeat=repeat)  # fmt: skip
-    jobs, bad = library.plan_jobs(items[part::parts], bad if part == 0 else [], flags, base)
-    folder = Path(output or f"{source.resolve().stem}-videos")
-    check_writable(folder / "video.mp4", if_exists="number", encoding=read_encoding(flags, base))
-    if dry_run:
-        print("\n".join([*(f"{folder / job.name}" for job in jobs)]))
-        print("\n".join(f"bad {one.where}: {one.error}" for one in bad), file=sys.stderr)
-        return
-    devices = library.count_workers(workers, read_placement(flags, base))
-    tell = library.json_lines if json_lines else library.console(len(jobs))
-    outcomes = library.Batch(jobs, folder, devices, flags, base, tell).run(bad)
-    page = write_gallery(folder)
-    if json_lines:
-        tell("finished", gallery=str(page), outcomes=[vars(outcome) for outcome in outcomes])
-    else:
-        print(library.table(outcomes), f"gallery: {page}", sep="\n", file=sys.stderr)
-        print("\n".join(str(folder / one.name) for one in outcomes if one.what in ("done", "there")))
-    raise typer.Exit(any(one.what in ("failed", "bad") for one in outcomes))
-
-
-def parse_line(words: list[str]) -> dict[str, Any]:
-    """The flags that an item of a batch gives, read as generate reads its own. Raises RequestError, UsageError."""
-    command = typer.main.get_command(app).commands["generate"]  # type: ignore[attr-defined]
-    context = command.make_context("generate", normalize(words)[0], help_option_names=[])
-    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
-    if wrong := sorted(given - set(OF_A_LINE)):
-        raise RequestError(f"--{wrong[0].replace('_', '-')} is for the whole batch")
-    return {name: context.params[name] for name in given}
-
-
-# What of a command that makes videos counts for its measurement too, where generate has it.
-IN_BENCH = (
-    "size", "frames", "steps", "guidance", "guidance_low", "guidance_start", "guidance_stop", "precision", "dtype",
-    "scope", "attention", "vae_dtype", "device", "offload", "gpu_memory_limit", "model", "ckpt_dir",
-)  # fmt: skip
-
-
-@app.command()
-@with_options_of(generate, without=set(inspect.signature(generate).parameters) - set(IN_BENCH))
-def bench(
-    against: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="diffusers, or published: their transformer on the same work. Repeatable."),
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="So many blocks of random weights, instead of 40.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Forwards timed; the median counts.")] = 2,
-    quick: Annotated[bool, typer.Option("--quick", help="One forward, its parts timed in it.")] = False,
-    no_compile: Annotated[bool, typer.Option("--no-compile", help="Of diffusers the eager form alone.")] = False,
-    decoding: Annotated[bool, typer.Option("--decode", help="Decoding too; --against diffusers: by both.")] = False,
-    text: Annotated[bool, typer.Option("--text", help="Encoding of two prompts too.")] = False,
-    no_forward: Annotated[bool, typer.Option("--no-forward", help="Only --decode and --text.")] = False,
-    memory: Annotated[bool, typer.Option("--memory", help="Memory instead: predicted and measured.")] = False,
-    rows: Annotated[
-        str | None, typer.Option(metavar="SIZE:OFFLOAD[:LIMIT],…", help="Of --memory: 720p:block:16GiB,480p:none.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    **flags: Any,
-) -> None:
-    """Measure one forward beside the floor that this device sets; random weights of the published size by default."""
-    flags = dict.fromkeys(inspect.signature(generate).parameters) | flags
-    base = Base({}, {}, {})
-    request = make_request(read_request(flags | {"prompt": "x"}, base))
-    # One expert at work, as in any run; both are for runs that cross the boundary.
-    precision, placement = read_precision(flags, base), read_placement(flags, Base({}, {}, {"offload": "expert"}))
-    from wan22 import bench as library
-
-    if no_forward and not decoding and not text:
-        raise RequestError("--no-forward leaves nothing to measure", hint="add --decode or --text")
-    options = library.Options(against or (), not no_compile, repeats, quick, not no_forward, decoding, text)
-    checkpoint = library.checkpoint_for(read_checkpoint(flags, base, request.task) if model_named(flags) else None,
-                                        placement, layers)  # fmt: skip
-    measured = library.run(checkpoint, request, precision, placement, options)
-    as_text = library.as_text
-    if rows and not memory:
-        raise RequestError("--rows is for --memory")
-    if memory:
-        from wan22 import bench_memory
-
-        measured = bench_memory.run(checkpoint, request, precision, placement, rows.split(",") if rows else ())
-        as_text = bench_memory.as_text
-        if not as_json:
-            print(bench_memory.HEAD, flush=True)
-    for row in measured:
-        print(json.dumps(row) if as_json else as_text(row), flush=True)
-
-
-def model_named(flags: dict[str, Any]) -> bool:
-    return bool(flags["model"] or flags["ckpt_dir"])
-
-
-@app.command()
-def status(
-    folder: Annotated[str, typer.Argument(help="The folder of a batch.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
-    """Say what of a batch is done, running, failed and waiting, and the time left."""
-    from wan22 import journal
-
-    if not (Path(folder) / journal.NAME).is_file():
-        raise RequestError(f"{folder}: there was no batch here", hint="name the folder that a batch writes to")
-    found = journal.status(Path(folder))
-    print(json.dumps(found, ensure_ascii=False) if as_json else journal.as_text(found))
-
-
-@app.command()
-def sheet(
-    files: Annotated[list[str], typer.Argument(help="Videos, GIFs or folders of frames.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The picture to write.")] = "sheet.png",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a picture that exists.")] = False,
-) -> None:
-    """Make one picture of many videos, with their prompts and seeds."""
-    from wan22.gallery import write_sheet
-
-    print(write_sheet([Path(file) for file in files], Path(output), overwrite))
-
-
-@app.command()
-def gallery(folder: Annotated[str, typer.Argument(help="A folder of videos.")]) -> None:
-    """Write index.html over a folder: players, prompts, seeds, and the command that makes each again."""
-    from wan22.gallery import write_gallery
-
-    print(write_gallery(Path(folder)))
+cli_bench.add_to(app, generate)
+cli_many.add_to(app, generate, refuse_unready_parallel)
 
 
 # Whichever click typer brings along, this is its error for wrong usage.

@@ -23,10 +23,10 @@ LONGEST = 4000  # characters of a message
 
 
 def one_line(text: str) -> str:
-    """A message as one line of a bearable length. What files call their tensors may be anything, also commands to a
-    terminal: unprintable characters are escaped."""
+    """A message as one line of a bearable length, cut in its middle. What files call their tensors may be anything,
+    also commands to a terminal: unprintable characters are escaped."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]}…{line[-LONGEST // 2 + 1 :]}"
 
 
 class WanError(Exception):
@@ -41,6 +41,10 @@ class WanError(Exception):
 
 class RunError(WanError):
     """The run failed while running."""
+
+
+class DiskFull(RunError):
+    """There is no room to write in; there may be later."""
 
 
 class RequestError(WanError, ValueError):

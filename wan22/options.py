@@ -5,6 +5,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -177,6 +178,23 @@ def parse_bool(flag: str, text: str) -> bool:
     if text.lower() not in known:
         raise RequestError(f"{flag} {text}: neither True nor False")
     return known[text.lower()]
+
+
+def normalize(argv: list[str]) -> tuple[list[str], bool]:
+    """`--frame_num` → `--frame-num`, in names and not in values; `--debug` is taken from wherever it stands."""
+    words: list[str] = []
+    debug = False
+    for place, word in enumerate(argv):
+        if word == "--":
+            return words + argv[place:], debug
+        if word == "--debug":
+            debug = True
+        elif re.match(r"--[A-Za-z]", word):
+            name, equals, value = word.partition("=")
+            words.append(name.replace("_", "-") + equals + value)
+        else:
+            words.append(word)
+    return words, debug
 
 
 def given(**settings: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from wan22.lora import Adapters
 from wan22.memory import limit_gpu_memory
 from wan22.names import default_output
 from wan22.plan import HOST_BASE, Plan, Sizes, pick_tiles, require
+from wan22.preview import Preview
 from wan22.prompt_cache import Encoded, cache_for
 from wan22.report import Reporter
 from wan22.sampling import denoise, describe_split, draw_noise, first_loras, plan_steps
@@ -156,13 +157,19 @@ class Pipeline:
         return video_name(folder, request, self.precision, self.identity)
 
     def generate_file(
-        self, request: Request, state: RunState, if_exists: IfExists, keep_latents: bool, reporter: Reporter
-    ) -> Path:
-        """Make the video in a file, encoded while it is decoded, from wherever its state says. The caller leaves the
-        state by whatever is raised: RequestError, RunError."""
+        self, request: Request, state: RunState, if_exists: IfExists, keep_latents: bool, reporter: Reporter,
+        preview: bool = False,
+    ) -> Path:  # fmt: skip
+        """Make the video in a file, encoded while it is decoded, from wherever its state says; with a preview beside it
+        until it is whole. The caller leaves the state by whatever is raised: RequestError, RunError."""
         if not state.finished:
             record = self.record(request)
-            latents = self.denoise(request, reporter, state)
+            early = Preview(self.checkpoint, request, state.output, reporter.warn) if preview else None
+            try:
+                latents = self.denoise(request, reporter, state, early)
+            finally:
+                if early:
+                    early.close()
             state.finish(latents)
             if state.trouble:
                 reporter.warn(f"the latents could not be kept: {state.trouble}")
@@ -213,7 +220,9 @@ class Pipeline:
         """What the request needs of this machine, and how it is met. Raises DoesNotFit."""
         return require(request, self.precision, self.placement, self.sizes, *self.experts.memory.rooms())
 
-    def denoise(self, request: Request, reporter: Reporter, state: RunState | None = None) -> Tensor:
+    def denoise(
+        self, request: Request, reporter: Reporter, state: RunState | None = None, preview: Preview | None = None
+    ) -> Tensor:
         """Prompt and noise, or a state that lies on the disk → latents [C, T, H/8, W/8] float32 on the CPU. Raises
         DoesNotFit, RunError."""
         self.choose_attention(request)
@@ -243,6 +252,7 @@ class Pipeline:
                     request, self.experts, noise, contexts[0], negative,
                     on_step=lambda step: reporter.step(step.index, step.expert, step.timestep),
                     begun=begun, keep=state.keep if state else lambda progress: None, warn=reporter.warn, cache=cache,
+                    look=preview.look if preview else lambda clean: None,
                 )  # fmt: skip
             finally:
                 reporter.end_steps()
