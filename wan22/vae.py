@@ -19,7 +19,7 @@ from wan22.memory import OUT_OF_MEMORY
 from wan22.part_shapes import vae_shapes
 from wan22.tensor_files import check_names
 from wan22.tensor_names import vae_name
-from wan22.vae_decoder import Cache, laid, local, middle, prepare
+from wan22.vae_decoder import Cache, local, middle, prepare
 from wan22.vae_sizes import CHUNK, Grid, cuts, finer, with_halo
 
 
@@ -105,8 +105,8 @@ class VideoVAE:
                 across = slice(scale * (left - x), scale * (right - x))
                 cache = Cache()
                 for number, part in enumerate(middles):
-                    tile = laid(part[..., y:y_stop, x:x_stop])
-                    chunks[number][pixels] = self._local(tile, cache, number == 0)[..., down, across]
+                    tile = self._local(part[..., y:y_stop, x:x_stop], cache, number == 0)
+                    chunks[number][pixels] = tile[..., down, across]
         return chunks
 
     def _middle(self, z: Tensor, cache: Cache) -> Tensor:

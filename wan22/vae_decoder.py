@@ -77,6 +77,7 @@ def middle(decoder: Any, z: Tensor, cache: Cache) -> Tensor:
 def local(decoder: Any, x: Tensor, cache: Cache, first: bool) -> Tensor:
     """The rest of the decoder, whole or one tile of it → pixels [F, 3, 8H, 8W] float32 in -1…1. first: the chunk of the
     first latent frame, which is one pixel frame."""
+    x = laid(x)
     for number, block in enumerate(decoder.up_blocks):
         # What the residual blocks add up is float32 till the last stage, half of whose work is moving it.
         x = x.to(block.resnets[0].conv1.weight.dtype if number == len(decoder.up_blocks) - 1 else torch.float32)
