@@ -16,8 +16,8 @@ HOPPER, ADA, AMPERE, GAMING_AMPERE, TURING = (9, 0), (8, 9), (8, 0), (8, 6), (7,
 ])  # fmt: skip
 def test_presets(card, weights, attention):
     fast, high, exact = (resolve(Precision(**preset(name, card)), "cuda", card) for name in ("fast", "high", "exact"))
-    assert fast == Precision(weights, attention, scope="all", step_cache=capability.FAST_STEP_CACHE)
-    assert high == Precision(weights, attention, scope="ffn")
+    assert fast == Precision(weights, attention, scope="all", step_cache=capability.FAST_STEP_CACHE, vae="bf16")
+    assert high == Precision(weights, attention, scope="ffn", vae="bf16")
     assert exact == Precision("bf16")
 
 
@@ -70,9 +70,10 @@ def read(base=options.Base({}, {}, {}), **flags):  # noqa: B008
 
 def test_flags_over_a_preset_over_a_base(monkeypatch):
     fake(monkeypatch, HOPPER)
-    assert read(precision="fast") == Precision("fp8", "int8", scope="all", step_cache=capability.FAST_STEP_CACHE)
-    assert read(precision="fast", step_cache=0.0, scope="ffn") == Precision("fp8", "int8", scope="ffn")
-    assert read(precision="fast", dtype="bf16") == Precision("bf16", "int8", step_cache=capability.FAST_STEP_CACHE)
+    cache, vae = {"step_cache": capability.FAST_STEP_CACHE}, {"vae": "bf16"}
+    assert read(precision="fast") == Precision("fp8", "int8", scope="all", **cache, **vae)
+    assert read(precision="fast", step_cache=0.0, scope="ffn") == Precision("fp8", "int8", scope="ffn", **vae)
+    assert read(precision="fast", dtype="bf16") == Precision("bf16", "int8", **cache, **vae)
     base = options.Base({}, {"weights": "fp8", "scope": "all", "attention": "fa3"}, {})
     assert read(base) == Precision("fp8", "fa3", scope="all")
     assert read(base, dtype="float32") == Precision("float32", "fa3")

@@ -29,6 +29,17 @@ def test_euler_is_the_distilled_schedule():
     assert torch.allclose(solver.sigmas, torch.tensor([1, 0.9375, 2.5 / 3, 0.625, 0]))
 
 
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+def test_many_small_steps(solver):
+    """The first timesteps are the same whole number then; none is passed over for it."""
+    request = Request("x", num_steps=200, solver=solver)
+    made, latents = make_solver(request), torch.ones(1, 4, 1, 2, 2)
+    assert solver != "unipc" or made.timesteps[0] == made.timesteps[1]
+    for timestep in made.timesteps:  # the velocity of a straight way from 1 to 0
+        latents = made.step(torch.ones_like(latents), timestep, latents, return_dict=False)[0]
+    assert torch.allclose(latents, 1 - made.sigmas[0].expand_as(latents), atol=1e-3)
+
+
 class CountingModel:
     """Velocity = context value · latents; counts its calls."""
 

@@ -10,14 +10,19 @@ from conftest import ROOT
 
 FLOORS = [
     {"cli"},
+    {"cli_many", "cli_bench"},
     {"batch", "bench", "compare"},
-    {"items"},
+    {"batch_local", "batch_ray"},
+    {"batch_worker"},
+    {"items", "bench_parts", "bench_memory"},
     {"options"},
     {"pipeline", "convert", "download", "prompt_extend", "gallery"},
-    {"plan", "text_encoder", "sampling", "vae", "video", "contents"},
+    {"preview"},
+    {"plan", "text_encoder", "sampling", "vae", "video", "contents", "random_weights", "rivals",
+     "prompt_cache"},
     {"sizes"},
     {"experts", "state", "step_cache", "sheet"},
-    {"streaming", "record"},
+    {"streaming", "record", "vae_decoder"},
     {"load"},
     {"chunks"},
     {"checkpoint", "lora", "pack", "quantize", "parallel"},
@@ -35,7 +40,7 @@ FLOORS = [
     {"journal"},
     {"names", "report", "verify", "claim"},
     {"memory", "capability"},
-    {"machine", "vae_sizes"},
+    {"machine", "vae_sizes", "work", "clock", "part_shapes"},
     {"config"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}

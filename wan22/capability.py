@@ -30,13 +30,13 @@ def capability_of(device: str) -> Capability | None:
 def preset(name: str, capability: Capability | None) -> dict[str, Any]:
     """The settings of a Precision that a preset stands for on this card. Raises RequestError where it has none.
 
-    exact: nothing approximated. high: 8-bit feed-forward and attention. fast: all products in 8 bits, 8-bit attention
-    and the step cache. Their measured drift: docs/speed.md.
+    exact: nothing approximated. high: 8-bit feed-forward and attention, the VAE in bf16. fast: all products in 8 bits,
+    8-bit attention, the step cache, the VAE in bf16. Their measured drift: docs/speed.md.
     """
     if name not in PRESETS:
         raise RequestError(f"--precision {name}: unknown", hint=f"known: {', '.join(PRESETS)}")
     if name == "exact":
-        return {"weights": "auto", "attention": "auto", "scope": None, "step_cache": 0.0}
+        return {"weights": "auto", "attention": "auto", "scope": None, "step_cache": 0.0, "vae": "float32"}
     if capability is None:
         raise RequestError(
             f"--precision {name}: needs a GPU with 8-bit products (Ampere or later); there is none here",
@@ -51,6 +51,7 @@ def preset(name: str, capability: Capability | None) -> dict[str, Any]:
         "attention": "int8" if newer else "int8-bf16",
         "scope": "all" if name == "fast" else "ffn",
         "step_cache": FAST_STEP_CACHE if name == "fast" else 0.0,
+        "vae": "bf16",
     }
 
 

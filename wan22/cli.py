@@ -6,17 +6,17 @@ while running, 2 wrong request, 3 does not fit, 130 and 143 interrupted. No trac
 
 import json
 import os
-import re
 import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 import wan22
 import wan22.plan as planning
+from wan22 import cli_bench, cli_many
 from wan22.capability import ADA, PRESETS
 from wan22.checkpoint import Parts, find_checkpoint, open_checkpoint
 from wan22.config import (
@@ -38,8 +38,10 @@ from wan22.config import (
 from wan22.names import next_free
 from wan22.options import (
     Base,
+    Flags,
     given,
     make_request,
+    normalize,
     read_any_record,
     read_base,
     read_checkpoint,
@@ -47,7 +49,6 @@ from wan22.options import (
     read_placement,
     read_precision,
     read_request,
-    with_options_of,
 )
 from wan22.state import is_finished
 from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
@@ -55,6 +56,7 @@ from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
 if TYPE_CHECKING:
     from wan22.pipeline import Pipeline
     from wan22.prompt_extend import Extension
+    from wan22.report import Reporter
 
 app = typer.Typer(
     name="wan22",
@@ -159,6 +161,9 @@ def generate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
     save_every: Annotated[float | None, typer.Option(metavar="SECONDS", help="Between savings of the state.")] = None,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Show what it comes to in NAME.preview.webp, until the video is there.")
+    ] = False,
     keep_latents: Annotated[bool, typer.Option("--keep-latents", help="Leave NAME.latents.safetensors too.")] = False,
     sidecar: Annotated[bool, typer.Option("--sidecar", help="Write the file's record to NAME.json too.")] = False,
     crf: Annotated[int | None, typer.Option(help=f"Of an .mp4: 0 (best) to 51; default: {Encoding.crf}.")] = None,
@@ -168,6 +173,7 @@ def generate(
     dtype: Dtype = None,
     scope: Scope = None,
     attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTIONS) + ".")] = None,
+    vae_dtype: Annotated[str | None, typer.Option(help="float32 (default, exact), or bf16 (50 dB PSNR).")] = None,
     step_cache: Annotated[
         float | None, typer.Option(metavar="X", help="Skip blocks while the first one changes less than this: 0.08.")
     ] = None,
@@ -181,6 +187,9 @@ def generate(
     gpu_memory_limit: Annotated[str | None, typer.Option(help="GPU memory to make do with: 16GiB.")] = None,
     offload_model: Annotated[str | None, typer.Option(metavar="BOOL", help="True: --offload expert.")] = None,
     t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
+    no_prompt_cache: Annotated[
+        bool, typer.Option("--no-prompt-cache", help="Encode prompts that were encoded before, and keep none.")
+    ] = False,
     dit_fsdp: Annotated[bool, typer.Option("--dit-fsdp", help="Shard the experts (under torchrun).")] = False,
     t5_fsdp: Annotated[bool, typer.Option("--t5-fsdp", help="Shard the text encoder (under torchrun).")] = False,
     ulysses_size: Annotated[int, typer.Option(help="GPUs that share one sequence (under torchrun).")] = 1,
@@ -195,18 +204,9 @@ def generate(
     request = make_request(settings)
     precise, placement = read_precision(flags, base), read_placement(flags, base)
     encoding = read_encoding(flags, base)
-    extension = None
-    if any(flags[name] for name in flags if "prompt_extend" in name):
-        from wan22.prompt_extend import Extension
-
-        if extension := Extension.read(flags):
-            extension.check()
+    extension = read_extension(flags)
     if output:
-        # Whole, with its state beside it: a kill came just before the end. The same command tidies up.
-        if_exists: IfExists = "replace" if overwrite or is_finished(Path(output)) else "error"
-        check_writable(output, if_exists=if_exists, encoding=encoding)
-        if sidecar:
-            check_sidecar(output, if_exists=if_exists)
+        check_output(output, overwrite, sidecar, encoding)
     checkpoint = read_checkpoint(flags, base, request.task)
     request = make_request(settings, checkpoint)
     planning.require_here(request, precise, placement, planning.Sizes.of(checkpoint))
@@ -231,23 +231,7 @@ def generate(
         check_writable("video.mp4", if_exists="number", encoding=encoding)
     if extension:
         request = extension(request, pipeline.device, reporter)
-    drawn = request.seed is None
-    request, state = pipeline.begin(request, target, overwrite)
-    with state:
-        if state.begun:
-            reporter.note(
-                f"going on from step {state.begun.done} of {state.steps}, seed {request.seed}",
-                resumed=state.begun.done, steps=state.steps, seed=request.seed,
-            )  # fmt: skip
-        else:
-            reporter.note(f"seed {request.seed}" + (" (drawn)" if drawn else ""), seed=request.seed)
-        for adapter in request.loras:
-            reporter.note(f"adapter {adapter}", sha256=adapter.sha256)
-        policy: IfExists = "number" if target is None else "replace" if overwrite else "error"
-        path = pipeline.generate_file(request, state, policy, keep_latents, reporter)
-        if sidecar:
-            write_sidecar(path, policy)
-    reporter.finished(str(path))
+    make(pipeline, request, target, flags, reporter)
 
 
 @app.command()
@@ -399,9 +383,56 @@ def decode(
     from wan22.report import ConsoleReporter, JsonReporter
 
     limit = parse_bytes("--gpu-memory-limit", gpu_memory_limit) if gpu_memory_limit else None
-    pipeline = Pipeline(checkpoint, Precision(), Placement(device, gpu_memory_limit=limit))
+    made_with = record.get("precision")
+    vae_dtype = made_with.get("vae") if isinstance(made_with, dict) else None
+    pipeline = Pipeline(checkpoint, Precision(**given(vae=vae_dtype)), Placement(device, gpu_memory_limit=limit))
     reporter = JsonReporter() if json_lines else ConsoleReporter()
     path = pipeline.decode_file(Path(latents), Path(output) if output else None, overwrite, reporter)
+    reporter.finished(str(path))
+
+
+def read_extension(flags: Flags) -> "Extension | None":
+    """How the prompt is to be extended, and that it can be. Raises RequestError."""
+    if not any(flags[name] for name in flags if "prompt_extend" in name):
+        return None
+    from wan22.prompt_extend import Extension
+
+    if extension := Extension.read(flags):
+        extension.check()
+    return extension
+
+
+def check_output(output: str, overwrite: bool, sidecar: bool, encoding: Encoding) -> None:
+    """That the file asked for can be written. Raises RequestError."""
+    # Whole, with its state beside it: a kill came just before the end. The same command tidies up.
+    if_exists: IfExists = "replace" if overwrite or is_finished(Path(output)) else "error"
+    check_writable(output, if_exists=if_exists, encoding=encoding)
+    if sidecar:
+        check_sidecar(output, if_exists=if_exists)
+
+
+def make(pipeline: "Pipeline", request: Request, target: Path | None, flags: Flags, reporter: "Reporter") -> None:
+    """One run from where it stands to its end, told of. Raises RequestError, RunError."""
+    from wan22.preview import preview_path
+
+    drawn = request.seed is None
+    request, state = pipeline.begin(request, target, bool(flags["overwrite"]))
+    with state:
+        if state.begun:
+            reporter.note(
+                f"going on from step {state.begun.done} of {state.steps}, seed {request.seed}",
+                resumed=state.begun.done, steps=state.steps, seed=request.seed,
+            )  # fmt: skip
+        else:
+            reporter.note(f"seed {request.seed}" + (" (drawn)" if drawn else ""), seed=request.seed)
+        if flags["preview"]:
+            reporter.note(f"preview: {preview_path(state.output)}", preview=str(preview_path(state.output)))
+        for adapter in request.loras:
+            reporter.note(f"adapter {adapter}", sha256=adapter.sha256)
+        policy: IfExists = "number" if target is None else "replace" if flags["overwrite"] else "error"
+        path = pipeline.generate_file(request, state, policy, flags["keep_latents"], reporter, flags["preview"])
+        if flags["sidecar"]:
+            write_sidecar(path, policy)
     reporter.finished(str(path))
 
 
@@ -451,123 +482,8 @@ def describe(
             print(f"{name:<12}{value}")
 
 
-def normalize(argv: list[str]) -> tuple[list[str], bool]:
-    """`--frame_num` → `--frame-num`, in names and not in values; `--debug` is taken from wherever it stands."""
-    words: list[str] = []
-    debug = False
-    for place, word in enumerate(argv):
-        if word == "--":
-            return words + argv[place:], debug
-        if word == "--debug":
-            debug = True
-        elif re.match(r"--[A-Za-z]", word):
-            name, equals, value = word.partition("=")
-            words.append(name.replace("_", "-") + equals + value)
-        else:
-            words.append(word)
-    return words, debug
-
-
-# For the whole batch, or for one video alone.
-NOT_IN_BATCH = (
-    "prompt", "output", "overwrite", "from_file", "json_lines", "dry_run", "sidecar", "use_prompt_extend",
-    "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang", "prompt_extend_url",
-    "prompt_extend_fallback",
-)  # fmt: skip
-OF_A_LINE = (
-    "prompt", "negative_prompt", "size", "frames", "fps", "steps", "shift", "solver", "guidance", "guidance_low",
-    "lora", "lora_high", "lora_low", "lead_steps", "guidance_lead", "guidance_start", "guidance_stop", "seed",
-    "noise_device", "task",
-)  # fmt: skip
-
-
-@app.command()
-@with_options_of(generate, without=NOT_IN_BATCH)
-def batch(
-    file: Annotated[str, typer.Argument(help="Prompts (.txt), a table (.jsonl, .csv), or a folder of videos.")],
-    output: Annotated[str | None, typer.Option("--output", help="The folder; default: FILE-videos.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="1..8, or 1,2,5: each item with each of them.")] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Each item so often, with another seed each time.")] = 1,
-    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only this part; default: a SLURM array's.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one a GPU, one on a CPU.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
-    json_lines: Annotated[bool, typer.Option("--json", help="Events, one JSON object a line on stdout.")] = False,
-    **flags: Any,
-) -> None:
-    """Make many videos; run again, or elsewhere too, to go on. Flags of generate count for items that do not say."""
-    refuse_unready_parallel(flags["dit_fsdp"], flags["t5_fsdp"], flags["ulysses_size"])
-    flags["prompt"] = flags["from_file"] = None
-    if seeds and (repeat > 1 or flags["seed"] is not None):
-        raise RequestError("--seeds goes with neither --seed nor --repeat", hint="give one of them")
-    from wan22 import batch as library
-    from wan22.gallery import write_gallery
-    from wan22.items import parse_seeds, read_items
-
-    source, base = Path(file), read_base(flags)
-    part, parts = library.parse_shard(shard)
-    items, bad = read_items(source, flags, base, read_checkpoint(flags, base, DEFAULT_TASK), parse_line,
-                            seeds=parse_seeds(seeds) if seeds else [], repeat=repeat)  # fmt: skip
-    jobs, bad = library.plan_jobs(items[part::parts], bad if part == 0 else [], flags, base)
-    folder = Path(output or f"{source.resolve().stem}-videos")
-    check_writable(folder / "video.mp4", if_exists="number", encoding=read_encoding(flags, base))
-    if dry_run:
-        print("\n".join([*(f"{folder / job.name}" for job in jobs)]))
-        print("\n".join(f"bad {one.where}: {one.error}" for one in bad), file=sys.stderr)
-        return
-    devices = library.count_workers(workers, read_placement(flags, base))
-    tell = library.json_lines if json_lines else library.console(len(jobs))
-    outcomes = library.Batch(jobs, folder, devices, flags, base, tell).run(bad)
-    page = write_gallery(folder)
-    if json_lines:
-        tell("finished", gallery=str(page), outcomes=[vars(outcome) for outcome in outcomes])
-    else:
-        print(library.table(outcomes), f"gallery: {page}", sep="\n", file=sys.stderr)
-        print("\n".join(str(folder / one.name) for one in outcomes if one.what in ("done", "there")))
-    raise typer.Exit(any(one.what in ("failed", "bad") for one in outcomes))
-
-
-def parse_line(words: list[str]) -> dict[str, Any]:
-    """The flags that an item of a batch gives, read as generate reads its own. Raises RequestError, UsageError."""
-    command = typer.main.get_command(app).commands["generate"]  # type: ignore[attr-defined]
-    context = command.make_context("generate", normalize(words)[0], help_option_names=[])
-    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
-    if wrong := sorted(given - set(OF_A_LINE)):
-        raise RequestError(f"--{wrong[0].replace('_', '-')} is for the whole batch")
-    return {name: context.params[name] for name in given}
-
-
-@app.command()
-def status(
-    folder: Annotated[str, typer.Argument(help="The folder of a batch.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
-    """Say what of a batch is done, running, failed and waiting, and the time left."""
-    from wan22 import journal
-
-    if not (Path(folder) / journal.NAME).is_file():
-        raise RequestError(f"{folder}: there was no batch here", hint="name the folder that a batch writes to")
-    found = journal.status(Path(folder))
-    print(json.dumps(found, ensure_ascii=False) if as_json else journal.as_text(found))
-
-
-@app.command()
-def sheet(
-    files: Annotated[list[str], typer.Argument(help="Videos, GIFs or folders of frames.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The picture to write.")] = "sheet.png",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a picture that exists.")] = False,
-) -> None:
-    """Make one picture of many videos, with their prompts and seeds."""
-    from wan22.gallery import write_sheet
-
-    print(write_sheet([Path(file) for file in files], Path(output), overwrite))
-
-
-@app.command()
-def gallery(folder: Annotated[str, typer.Argument(help="A folder of videos.")]) -> None:
-    """Write index.html over a folder: players, prompts, seeds, and the command that makes each again."""
-    from wan22.gallery import write_gallery
-
-    print(write_gallery(Path(folder)))
+cli_bench.add_to(app, generate)
+cli_many.add_to(app, generate, refuse_unready_parallel)
 
 
 # Whichever click typer brings along, this is its error for wrong usage.

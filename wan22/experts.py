@@ -8,6 +8,7 @@
 | disk      | some blocks, buffers for two more | is read every time       | then                           |
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -69,6 +70,7 @@ class Experts:
         self.ladder = list(ladder)
         self._given_memory = memory
         self.stall = 0.0  # seconds that steps waited for an expert, but for the first
+        self.first_ready: float | None = None  # when one was ready for the first time, as time.time() has it
         self._placed: list[_Placed] = []
         self._copies: list[tuple[Key, HostCopy]] = []
         self._coming: _Coming | None = None
@@ -115,7 +117,20 @@ class Experts:
             self._placed.append(placed)
         if not first:
             self.stall += time.perf_counter() - start
+        self.first_ready = self.first_ready or time.time()
         return placed.model
+
+    @torch.inference_mode(False)
+    def begin(self, name: str, loras: Sequence[Lora] = ()) -> None:
+        """This expert will be the first: read it while other things are done. There is room for it beside them."""
+        key = self._key(name, loras)
+        if self._coming or self._placed or self._copy_of(key):
+            return
+        if self.residency.kind not in ("none", "expert"):
+            self._warm(name)
+            return
+        with contextlib.suppress(*OUT_OF_MEMORY):  # then at its turn, when there may be room
+            self._coming = _Coming(key, *self._begin_placing(key))
 
     @torch.inference_mode(False)
     def expect(self, name: str, loras: Sequence[Lora] = ()) -> None:

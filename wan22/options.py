@@ -5,6 +5,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -108,7 +109,8 @@ def read_precision(flags: Flags, base: Base, imagined: Capability | None = None)
     weights = flags["dtype"] or ("bf16" if flags["convert_model_dtype"] else None)
     if weights and weights not in EIGHT_BIT:
         table.pop("scope", None)  # of the preset's or file's 8-bit products, which are not wanted
-    asked = given(weights=weights, attention=flags["attention"], scope=flags["scope"], step_cache=flags["step_cache"])
+    asked = given(weights=weights, attention=flags["attention"], scope=flags["scope"], step_cache=flags["step_cache"],
+                  vae=flags["vae_dtype"])  # fmt: skip
     return Precision.from_dict({**table, **asked})
 
 
@@ -122,7 +124,8 @@ def read_placement(flags: Flags, base: Base) -> Placement:
             raise RequestError(f"--offload_model {published} and --offload {offload} contradict each other")
         offload = wanted
     asked = given(device=flags["device"], offload=offload, text_encoder="cpu" if flags["t5_cpu"] else None,
-                  lora_dir=flags["lora_dir"], gpu_memory_limit=limit, save_every=flags["save_every"])  # fmt: skip
+                  lora_dir=flags["lora_dir"], gpu_memory_limit=limit, save_every=flags["save_every"],
+                  prompt_cache=False if flags["no_prompt_cache"] else None)  # fmt: skip
     return Placement.from_dict({**base.placement, **asked})
 
 
@@ -175,6 +178,23 @@ def parse_bool(flag: str, text: str) -> bool:
     if text.lower() not in known:
         raise RequestError(f"{flag} {text}: neither True nor False")
     return known[text.lower()]
+
+
+def normalize(argv: list[str]) -> tuple[list[str], bool]:
+    """`--frame_num` → `--frame-num`, in names and not in values; `--debug` is taken from wherever it stands."""
+    words: list[str] = []
+    debug = False
+    for place, word in enumerate(argv):
+        if word == "--":
+            return words + argv[place:], debug
+        if word == "--debug":
+            debug = True
+        elif re.match(r"--[A-Za-z]", word):
+            name, equals, value = word.partition("=")
+            words.append(name.replace("_", "-") + equals + value)
+        else:
+            words.append(word)
+    return words, debug
 
 
 def given(**settings: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Legend: C T H W latents, S steps; timesteps run from 1000 (noise) to 0, sigma = timestep / 1000.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -71,6 +72,7 @@ def make_solver(request: Request) -> Any:
     timesteps = torch.from_numpy(sigmas * train)
     solver.timesteps = timesteps.float() if request.solver == "euler" else timesteps.to(torch.int64)
     solver.sigmas = torch.from_numpy(np.append(sigmas, 0.0)).float()
+    solver.set_begin_index(0)  # not looked for by its timestep: the first two are the same number in many small steps
     return solver
 
 
@@ -108,13 +110,20 @@ def plan_steps(request: Request) -> list[Step]:
     if late := sum(step.expert != high for step in steps[: request.lead_steps]):
         raise RequestError(f"--lead-steps {request.lead_steps}: {late} of them would be low noise",
                            hint="more --steps, a higher --shift, or fewer lead steps")  # fmt: skip
-    loras = tuple(
-        lora if lora.lead_strength is None else replace(lora, strength=lora.lead_strength) for lora in request.loras
-    )
+    loras = first_loras(request)
     lead = [replace(step, guidance=request.guidance_lead, loras=loras) for step in steps[: request.lead_steps]]
     steps = lead + steps[request.lead_steps :]
     start, stop = request.guidance_start * request.num_steps, request.guidance_stop * request.num_steps
     return [step if start <= step.index < stop else replace(step, guidance=1.0) for step in steps]
+
+
+def first_loras(request: Request) -> tuple[Lora, ...]:
+    """The adapters with their strengths at the first step."""
+    if not request.lead_steps:
+        return request.loras
+    return tuple(
+        lora if lora.lead_strength is None else replace(lora, strength=lora.lead_strength) for lora in request.loras
+    )
 
 
 def describe_split(steps: Sequence[Step], experts: tuple[str, str]) -> str:
@@ -168,13 +177,15 @@ def denoise(
     keep: Callable[[Progress], None] = lambda progress: None,
     warn: Callable[[str], None] = lambda text: None,
     cache: StepCache | None = None,
+    look: Callable[[Callable[[], Tensor]], None] = lambda clean: None,
 ) -> Tensor:
     """Integrate from noise to latents, [C, T, H, W] float32 both.
 
     context, negative_context: [M, text_dim], unpadded; the negative one may be None where no step's guidance needs it.
     `on_step` is called after each step. An expert is asked for at its first step and where its adapters or the need
     for guidance change; its prompt keys and values are made then, once; the others' are dropped. `begun` goes on from
-    there instead of the noise; `keep` is given what it takes to do so, after each step. Where memory runs out, the step
+    there instead of the noise; `keep` is given what it takes to do so, after each step, and `look` what makes the clean
+    latents that the step was heading for. Where memory runs out, the step
     is taken again with the experts' next smaller residency, which `warn` is told. Raises RunError where there is none.
 
     cache: of this run alone; it is emptied where an expert is asked for. What it remembers is large, and is no part of
@@ -182,7 +193,7 @@ def denoise(
     """
     cache = cache or StepCache(0)
     try:
-        return _denoise(request, experts, noise, context, negative_context, on_step, begun, keep, warn, cache)
+        return _denoise(request, experts, noise, context, negative_context, on_step, begun, keep, warn, cache, look)
     finally:
         cache.detach()
 
@@ -190,7 +201,7 @@ def denoise(
 def _denoise(
     request: Request, experts: Experts, noise: Tensor, context: Tensor, negative_context: Tensor | None,
     on_step: Callable[[Step], None], begun: Progress | None, keep: Callable[[Progress], None],
-    warn: Callable[[str], None], cache: StepCache,
+    warn: Callable[[str], None], cache: StepCache, look: Callable[[Callable[[], Tensor]], None],
 ) -> Tensor:  # fmt: skip
     solver, latents = make_solver(request), noise
     computed: tuple[int, Tensor] | None = None  # the last step that was not skipped, and its latents
@@ -228,7 +239,7 @@ def _denoise(
             after = solver.step(velocity[None], solver.timesteps[step.index], latents[None], return_dict=False)[0][0]
             if cache.end_step():
                 computed = step.index, latents
-            latents = after
+            noisy, latents = latents, after
         except OUT_OF_MEMORY as error:
             trouble = str(error).partition(". ")[0] or "no more is known"
         if trouble:  # not inside `except`: the error holds on to all that was at work
@@ -244,4 +255,11 @@ def _denoise(
         todo = todo[1:]
         keep(Progress(step.index + 1, latents, remember(solver), computed if cache.threshold else None))
         on_step(step)
+        look(functools.partial(clean, noisy, velocity, float(solver.sigmas[step.index])))
     return latents
+
+
+def clean(noisy: Tensor, velocity: Tensor, sigma: float) -> Tensor:
+    """Where a straight way from these latents ends: x − sigma · v, as x = (1 − sigma) · clean + sigma · noise and
+    v = noise − clean."""
+    return noisy - sigma * velocity

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from wan22 import claim
 from wan22.config import RequestError
-from wan22.names import CLAIM, STATE, beside, exists, numbered, staging_prefix, sync, sync_entry
+from wan22.names import CLAIM, PREVIEW, STATE, beside, exists, numbered, staging_prefix, sync, sync_entry
 from wan22.record import read_record
 from wan22.tensor_files import read_header
 
@@ -214,6 +214,7 @@ class RunState:
             self._writer.join()
         self._latest = None
         self.path.unlink(missing_ok=True)
+        beside(self.output, PREVIEW).unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
