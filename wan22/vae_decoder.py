@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wan22.kernels import norm_silu
 
-LAYOUT = {"cuda": torch.channels_last_3d}  # by device; elsewhere contiguous, for which PyTorch has the faster code
+LAYOUT = {"cuda": torch.channels_last_3d}  # by device; elsewhere contiguous: diffusers' own bits, no slower
 KEPT = 2  # frames that a convolution over three needs of those before
 
 
