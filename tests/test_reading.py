@@ -67,7 +67,7 @@ def test_a_gpu_gets_the_same_bits(expert, tmp_path, monkeypatch, form, dtype):
     source = publish(find_tensors(path), EXPERT)
     meant = read_all(source, dtype)
     device, held = torch.device("cuda"), []
-    for _ in range(3):
+    for _ in range(8):
         targets = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in source.shapes.items()}
         torch.cuda._sleep(10_000_000)  # work that still uses the targets' memory
         for target in targets.values():
@@ -75,8 +75,8 @@ def test_a_gpu_gets_the_same_bits(expert, tmp_path, monkeypatch, form, dtype):
         source.read(targets)
         assert all(torch.equal(targets[name].cpu(), tensor) for name, tensor in meant.items())
         held.append(torch.cuda.memory_reserved())
-    print(f"reserved: {held[-1]:,} bytes")
-    assert held[1] == held[2]
+    print(f"reserved: {held[2]:,} bytes, in the end {held[-1]:,}")
+    assert held[-1] - held[2] <= 4 << 20  # which thread takes a segment of 2 MiB first is chance; five would be a leak
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e5m2, torch.int64, torch.bool])

@@ -60,14 +60,17 @@ for capability in (80, 90):
 from wan22.kernels import attention_hopper
 if attention_hopper.GLUON:
     from triton.experimental.gluon._runtime import GluonASTSource
-    kernel, kinds = attention_hopper.attend_kernel, {"q": "*i8", "k": "*i8", "v": "*bf16", "out": "*bf16"}
+    kernel, rows = attention_hopper.attend_kernel, attention_hopper.ROWS
     for columns in (64, 128):
-        constants = {"D": 128, "ROWS": attention_hopper.ROWS, "COLUMNS": columns, "WARPS": attention_hopper.WARPS}
+        constants = {"D": 128, "ROWS": rows, "COLUMNS": columns, "WARPS": attention_hopper.WARPS}
+        kinds = {name: f"tensordesc<{kind}[{height}, 128],{attention_hopper.tile(128, bits)!r}>"
+                 for name, kind, height, bits in (("q", "i8", rows, 8), ("k", "i8", columns, 8),
+                                                  ("v", "bf16", columns, 16))}
+        kinds |= {"out": "*bf16"}
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32" if name in POINTERS else "i32")
                      for name in names}
-        aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names)
-                   if signature[name].startswith("*") or name.startswith("v_")}
+        aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if signature[name].startswith("*")}
         source = GluonASTSource(kernel, signature, constants, aligned)
         options = {"num_warps": attention_hopper.WARPS}
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
