@@ -232,7 +232,8 @@ def main() -> None:
                 told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 result = json.loads(told.splitlines()[-1])
                 results.setdefault((way, state), []).append(result)
-                print(f"round {number + 1}, {way}, {state}: {result['seconds']:.2f} s", file=sys.stderr)
+                worked = f"{result['seconds']:.2f} s, processor {result['processor']:.2f} s"
+                print(f"round {number + 1}, {way}, {state}: {worked}", file=sys.stderr)
     print_table(results, sum(path.stat().st_size for path in (folder / "published").glob("*.safetensors")), args.rounds)
     if temporary:
         temporary.cleanup()
