@@ -44,7 +44,7 @@ def test_generate_show_and_again(capsys, elsewhere):
     record = json.loads(out)
     assert record["request"]["prompt"] == TYPED[-1]
     assert record["request"]["seed"] == 7
-    assert record["precision"] == {"weights": "float32", "attention": "torch"}
+    assert record["precision"] == Precision("float32", "torch").to_dict()
     assert record["versions"]["wan22"] == wan22.__version__
     assert str(ROOT) not in out
 
@@ -208,7 +208,7 @@ def test_bf16_weights_and_one_expert_at_a_time(capsys):
     flags = ["--convert_model_dtype", "--offload_model", "True", "--t5_cpu", "--output", "v.mp4"]
     code, _, _ = run(capsys, *TYPED, *flags)
     assert code == 0
-    assert json.loads(run(capsys, "show", "v.mp4")[1])["precision"] == {"weights": "bf16", "attention": "torch"}
+    assert json.loads(run(capsys, "show", "v.mp4")[1])["precision"] == Precision("bf16", "torch").to_dict()
 
 
 def test_presets():

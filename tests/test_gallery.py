@@ -84,7 +84,8 @@ def test_the_page(folder):
 
 @pytest.mark.parametrize(
     "request_", [Request("x", seed=1), Request(HOSTILE, guidance_high=2.0, guidance_low=3.0, seed=5, num_steps=7),
-                 Request("-x", width=64, height=48, solver="euler", shift=5.5, lead_steps=2, guidance_lead=1.0)]
+                 Request("-x", width=64, height=48, solver="euler", shift=5.5, lead_steps=2, guidance_lead=1.0,
+                         guidance_start=0.1, guidance_stop=0.75)]
 )  # fmt: skip
 def test_the_command_says_the_request(request_):
     from wan22.batch import changes

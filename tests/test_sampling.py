@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wan22.config import Request
+from wan22.config import Request, RequestError
 from wan22.sampling import denoise, describe_split, draw_noise, guided_velocity, make_solver, plan_steps
 
 EXPERTS = ("high_noise_model", "low_noise_model")
@@ -80,6 +80,18 @@ def test_guidance_is_per_expert_and_free_at_one():
     embeds = [entry for entry in experts.log if entry[1] == "embed"]
     assert embeds == [(EXPERTS[0], "embed")] * 2 + [(EXPERTS[1], "embed")]
     assert [name for what, name in experts.log if what == "get"] == list(EXPERTS)
+
+
+def test_guidance_on_part_of_the_steps():
+    experts, request = CountingExperts(), replace(SMALL, guidance_start=0.1, guidance_stop=0.8)
+    steps = plan_steps(request)
+    assert [step.guidance for step in steps] == [1.0] * 2 + [4.0] * 7 + [3.0] * 7 + [1.0] * 4
+    denoise(request, experts, draw_noise(request, torch.device("cpu")), ONES, TWOS)
+    assert sum(isinstance(what, float) for _, what in experts.log) == 20 + 14
+    assert plan_steps(replace(SMALL, guidance_start=0.0, guidance_stop=1.0)) == plan_steps(SMALL)
+    for start, stop in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)):
+        with pytest.raises(RequestError, match=r"--guidance-st(art|op)"):
+            replace(SMALL, guidance_start=start, guidance_stop=stop)
 
 
 def test_guided_velocity_formula():

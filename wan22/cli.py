@@ -4,25 +4,28 @@ Long options may be written with `-` or `_`. stdout carries data, stderr everyth
 while running, 2 wrong request, 3 does not fit, 130 and 143 interrupted. No traceback unless `--debug`.
 """
 
+import inspect
 import json
 import os
 import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 import wan22
 import wan22.plan as planning
 from wan22 import cli_many
+from wan22.capability import ADA, PRESETS
 from wan22.checkpoint import Parts, find_checkpoint, open_checkpoint
 from wan22.config import (
     ATTENTIONS,
     CODECS,
     DEFAULT_TASK,
     SOLVERS,
+    WEIGHTS,
     Encoding,
     Placement,
     Precision,
@@ -47,6 +50,7 @@ from wan22.options import (
     read_placement,
     read_precision,
     read_request,
+    with_options_of,
 )
 from wan22.state import is_finished
 from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
@@ -66,6 +70,12 @@ app = typer.Typer(
 
 
 LORA = "FILE[:STRENGTH[:LEAD]]"
+# What may be approximated.
+Precise = Annotated[
+    str | None, typer.Option(help=f"{', '.join(PRESETS)}: settings of the flags below, as this card can do them.")
+]
+Dtype = Annotated[str | None, typer.Option(help=f"Weights: {', '.join(WEIGHTS)}; fp8 and int8 approximate.")]
+Scope = Annotated[str | None, typer.Option(help="Of 8-bit products: ffn, or all (default).")]
 # Parts of a checkpoint, for every command that opens one.
 HighNoise = Annotated[
     str | None, typer.Option(metavar="PATH", help="Another high-noise expert: a file or folder in any layout.")
@@ -141,6 +151,10 @@ def generate(
     lora_dir: Annotated[str | None, typer.Option(help="Where to look first for adapters named without a path.")] = None,
     lead_steps: Annotated[int | None, typer.Option(help="First steps with LEAD strengths and --guidance-lead.")] = None,
     guidance_lead: Annotated[float | None, typer.Option(help="Of the lead steps.")] = None,
+    guidance_start: Annotated[
+        float | None, typer.Option(metavar="X", help="No guidance before this fraction of the steps; default: 0.")
+    ] = None,
+    guidance_stop: Annotated[float | None, typer.Option(metavar="X", help="None from this one on; default: 1.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", "--base-seed", help="Default: one is drawn and told.")] = None,
     noise_device: Annotated[str | None, typer.Option(help="cpu, or cuda to draw as the published code does.")] = None,
     output: Annotated[
@@ -157,8 +171,14 @@ def generate(
     crf: Annotated[int | None, typer.Option(help=f"Of an .mp4: 0 (best) to 51; default: {Encoding.crf}.")] = None,
     codec: Annotated[str | None, typer.Option(help=f"Of an .mp4: {', '.join(CODECS)}.")] = None,
     from_file: Annotated[str | None, typer.Option("--from", help="Make the video of this file again.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Weights: auto, bf16, float32.")] = None,
+    precision: Precise = None,
+    dtype: Dtype = None,
+    scope: Scope = None,
     attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTIONS) + ".")] = None,
+    vae_dtype: Annotated[str | None, typer.Option(help="float32 (default, exact), or bf16 (50 dB PSNR).")] = None,
+    step_cache: Annotated[
+        float | None, typer.Option(metavar="X", help="Skip blocks while the first one changes less than this: 0.08.")
+    ] = None,
     convert_model_dtype: Annotated[
         bool, typer.Option("--convert-model-dtype", help="Experts in bf16 (what a GPU does anyway).")
     ] = False,
@@ -169,6 +189,9 @@ def generate(
     gpu_memory_limit: Annotated[str | None, typer.Option(help="GPU memory to make do with: 16GiB.")] = None,
     offload_model: Annotated[str | None, typer.Option(metavar="BOOL", help="True: --offload expert.")] = None,
     t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
+    no_prompt_cache: Annotated[
+        bool, typer.Option("--no-prompt-cache", help="Encode prompts that were encoded before, and keep none.")
+    ] = False,
     dit_fsdp: Annotated[bool, typer.Option("--dit-fsdp", help="Shard the experts (under torchrun).")] = False,
     t5_fsdp: Annotated[bool, typer.Option("--t5-fsdp", help="Shard the text encoder (under torchrun).")] = False,
     ulysses_size: Annotated[int, typer.Option(help="GPUs that share one sequence (under torchrun).")] = 1,
@@ -181,19 +204,19 @@ def generate(
     base = read_base(flags)
     settings = read_request(flags, base)
     request = make_request(settings)
-    precision, placement = read_precision(flags, base), read_placement(flags, base)
+    precise, placement = read_precision(flags, base), read_placement(flags, base)
     encoding = read_encoding(flags, base)
     extension = read_extension(flags)
     if output:
         check_output(output, overwrite, sidecar, encoding)
     checkpoint = read_checkpoint(flags, base, request.task)
     request = make_request(settings, checkpoint)
-    planning.require_here(request, precision, placement, planning.Sizes.of(checkpoint))
+    planning.require_here(request, precise, placement, planning.Sizes.of(checkpoint))
     from wan22.pipeline import Pipeline
     from wan22.report import ConsoleReporter, JsonReporter
 
     reporter = JsonReporter() if json_lines else ConsoleReporter()
-    pipeline = Pipeline(checkpoint, precision, placement, encoding)
+    pipeline = Pipeline(checkpoint, precise, placement, encoding)
     if base.checkpoint and base.checkpoint != pipeline.identity:
         raise RequestError(
             f"--from {from_file}: was made with another checkpoint than {checkpoint.folder}",
@@ -306,7 +329,9 @@ def convert(
 def plan(
     size: Annotated[str, typer.Option(help="1280*720, 720p, 480p; any multiples of 16.")] = "720p",
     frames: Annotated[int | None, typer.Option("--frames", "--frame-num", help="4n + 1.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Weights: auto, bf16, float32.")] = None,
+    precision: Precise = None,
+    dtype: Dtype = None,
+    scope: Scope = None,
     offload: Annotated[str, typer.Option(help="auto, none, expert, block, disk.")] = "auto",
     t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
     gpu_memory: Annotated[str | None, typer.Option(help="As if so much were free: 24GiB; 0 for none.")] = None,
@@ -316,6 +341,10 @@ def plan(
     json_lines: Annotated[bool, typer.Option("--json", help="Every term, in bytes, as one JSON object.")] = False,
 ) -> None:
     """Say what a video needs of memory and disk, and which placement it would take; exit 3 when nothing fits."""
+    flags = {**dict(locals()), "attention": None, "step_cache": None, "convert_model_dtype": False, "vae_dtype": None,
+             "device": "cpu" if gpu_memory == "0" else None}  # fmt: skip
+    # A card that is only imagined can do all that there is.
+    precise = read_precision(flags, Base({}, {}, {}), ADA if gpu_memory not in (None, "0") else None)
     width, height = parse_size(size)
     request = Request("x", width=width, height=height, **given(num_frames=frames))
     sizes = planning.Sizes.published()
@@ -323,7 +352,7 @@ def plan(
         sizes = planning.Sizes.of(open_checkpoint(find_checkpoint(model, ckpt_dir)))
     gpu, host = planning.rooms(gpu_memory, host_memory)
     placement = Placement(offload=offload, text_encoder="cpu" if t5_cpu else "auto")
-    made = planning.make_plan(request, Precision(**given(weights=dtype)), placement, sizes, gpu, host)
+    made = planning.make_plan(request, precise, placement, sizes, gpu, host)
     print(json.dumps(planning.as_dict(made)) if json_lines else planning.as_text(made, request, sizes))
     raise typer.Exit(0 if made.chosen else 3)
 
@@ -356,7 +385,9 @@ def decode(
     from wan22.report import ConsoleReporter, JsonReporter
 
     limit = parse_bytes("--gpu-memory-limit", gpu_memory_limit) if gpu_memory_limit else None
-    pipeline = Pipeline(checkpoint, Precision(), Placement(device, gpu_memory_limit=limit))
+    made_with = record.get("precision")
+    vae_dtype = made_with.get("vae") if isinstance(made_with, dict) else None
+    pipeline = Pipeline(checkpoint, Precision(**given(vae=vae_dtype)), Placement(device, gpu_memory_limit=limit))
     reporter = JsonReporter() if json_lines else ConsoleReporter()
     path = pipeline.decode_file(Path(latents), Path(output) if output else None, overwrite, reporter)
     reporter.finished(str(path))
@@ -425,7 +456,8 @@ def describe(
     """What `generate` would do, on stdout. A prompt that would be extended is still the one given."""
     from wan22.sampling import describe_split, plan_steps
 
-    steps = plan_steps(request)
+    steps, (start, stop) = plan_steps(request), (request.guidance_start, request.guidance_stop)
+    scope = f" ({pipeline.precision.scope})" if pipeline.precision.scope else ""
     facts = {
         "prompt": request.prompt,
         **({"extended by": str(extension)} if extension else {}),
@@ -433,13 +465,15 @@ def describe(
         "steps": f"{request.num_steps} ({request.solver}, shift {request.shift:g}): "
         + describe_split(steps, request.spec.experts),
         "guidance": (f"{request.guidance_lead:g} in {request.lead_steps} lead steps, " if request.lead_steps else "")
-        + f"{request.guidance_high:g} high noise, {request.guidance_low:g} low noise",
+        + f"{request.guidance_high:g} high noise, {request.guidance_low:g} low noise"
+        + (f", from {start:g} to {stop:g} of the steps" if (start, stop) != (0, 1) else ""),
         **({"adapters": "; ".join(map(str, request.loras))} if request.loras else {}),
         "seed": request.seed,
         "checkpoint": str(pipeline.checkpoint.folder),
-        "weights": f"{pipeline.precision.weights}, {pipeline.experts.bytes / 2**30:.2f} GiB both experts, "
+        "weights": f"{pipeline.precision.weights}{scope}, {pipeline.experts.bytes / 2**30:.2f} GiB both experts, "
         + planning.describe(pipeline.plan(request)),
         "attention": pipeline.precision.attention,
+        **({"step cache": pipeline.precision.step_cache} if pipeline.precision.step_cache else {}),
         "device": str(pipeline.device),
         "output": str(target),
     }
@@ -448,6 +482,68 @@ def describe(
     else:
         for name, value in facts.items():
             print(f"{name:<12}{value}")
+
+
+# What of a command that makes videos counts for its measurement too, where generate has it.
+IN_BENCH = (
+    "size", "frames", "steps", "guidance", "guidance_low", "guidance_start", "guidance_stop", "precision", "dtype",
+    "scope", "attention", "vae_dtype", "device", "offload", "gpu_memory_limit", "model", "ckpt_dir",
+)  # fmt: skip
+
+
+@app.command()
+@with_options_of(generate, without=set(inspect.signature(generate).parameters) - set(IN_BENCH))
+def bench(
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="diffusers, or published: their transformer on the same work. Repeatable."),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="So many blocks of random weights, instead of 40.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Forwards timed; the median counts.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="One forward, its parts timed in it.")] = False,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Of diffusers the eager form alone.")] = False,
+    decoding: Annotated[bool, typer.Option("--decode", help="Decoding too; --against diffusers: by both.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Encoding of two prompts too.")] = False,
+    no_forward: Annotated[bool, typer.Option("--no-forward", help="Only --decode and --text.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Memory instead: predicted and measured.")] = False,
+    rows: Annotated[
+        str | None, typer.Option(metavar="SIZE:OFFLOAD[:LIMIT],…", help="Of --memory: 720p:block:16GiB,480p:none.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    **flags: Any,
+) -> None:
+    """Measure one forward beside the floor that this device sets; random weights of the published size by default."""
+    flags = dict.fromkeys(inspect.signature(generate).parameters) | flags
+    base = Base({}, {}, {})
+    request = make_request(read_request(flags | {"prompt": "x"}, base))
+    # One expert at work, as in any run; both are for runs that cross the boundary.
+    precision, placement = read_precision(flags, base), read_placement(flags, Base({}, {}, {"offload": "expert"}))
+    from wan22 import bench as library
+
+    if no_forward and not decoding and not text:
+        raise RequestError("--no-forward leaves nothing to measure", hint="add --decode or --text")
+    options = library.Options(against or (), not no_compile, repeats, quick, not no_forward, decoding, text)
+    checkpoint = library.checkpoint_for(read_checkpoint(flags, base, request.task) if model_named(flags) else None,
+                                        placement, layers)  # fmt: skip
+    measured = library.run(checkpoint, request, precision, placement, options)
+    as_text = library.as_text
+    if rows and not memory:
+        raise RequestError("--rows is for --memory")
+    if memory:
+        from wan22 import bench_memory
+
+        measured = bench_memory.run(checkpoint, request, precision, placement, rows.split(",") if rows else ())
+        as_text = bench_memory.as_text
+        if not as_json:
+            print(bench_memory.HEAD, flush=True)
+    for row in measured:
+        print(json.dumps(row) if as_json else as_text(row), flush=True)
+
+
+def model_named(flags: dict[str, Any]) -> bool:
+    return bool(flags["model"] or flags["ckpt_dir"])
 
 
 cli_many.add_to(app, generate, refuse_unready_parallel)

@@ -29,7 +29,8 @@ NOT_IN_BATCH = (
 )  # fmt: skip
 OF_A_LINE = (
     "prompt", "negative_prompt", "size", "frames", "fps", "steps", "shift", "solver", "guidance", "guidance_low",
-    "lora", "lora_high", "lora_low", "lead_steps", "guidance_lead", "seed", "noise_device", "task",
+    "lora", "lora_high", "lora_low", "lead_steps", "guidance_lead", "guidance_start", "guidance_stop", "seed",
+    "noise_device", "task",
 )  # fmt: skip
 
 

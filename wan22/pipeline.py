@@ -16,9 +16,11 @@ from torch import Tensor
 
 import wan22
 from wan22.attention import Shape, choose
+from wan22.capability import resolve
 from wan22.checkpoint import Checkpoint, Parts, find_checkpoint, hub_cache, open_checkpoint
 from wan22.config import (
     DEFAULT_TASK,
+    GPU_RESERVE,
     MODEL_SPECS,
     Encoding,
     Placement,
@@ -31,15 +33,17 @@ from wan22.config import (
     load_preset,
 )
 from wan22.experts import Experts
-from wan22.load import DTYPES
+from wan22.load import DTYPES, eight_bit_of
 from wan22.lora import Adapters
 from wan22.memory import limit_gpu_memory
 from wan22.names import default_output
-from wan22.plan import Plan, Sizes, pick_tiles, require
+from wan22.plan import HOST_BASE, Plan, Sizes, pick_tiles, require
 from wan22.preview import Preview
+from wan22.prompt_cache import Encoded, cache_for
 from wan22.report import Reporter
-from wan22.sampling import denoise, describe_split, draw_noise, plan_steps
+from wan22.sampling import denoise, describe_split, draw_noise, first_loras, plan_steps
 from wan22.state import RunState, begin_automatic, begin_given, read_state
+from wan22.step_cache import StepCache
 from wan22.text_encoder import Tokenizer, check_text_encoder, encode_all
 from wan22.vae import VideoVAE, check_vae, to_uint8
 from wan22.vae_sizes import Grid
@@ -75,12 +79,14 @@ class Pipeline:
         """Checks every file's names and shapes; reads no weight. Raises RequestError."""
         self.checkpoint, self.placement, self.encoding = checkpoint, placement, encoding
         self.device = _device(placement.device)
-        self.precision = precision.resolve(self.device.type)
+        self.precision = resolve_precision(precision, self.device)
         self.dtype = DTYPES[self.precision.weights]
         check_text_encoder(checkpoint)
         check_vae(checkpoint)
         self.adapters = find_adapters(checkpoint, placement)
-        self.experts = Experts(checkpoint, self.dtype, self.device, self.adapters)
+        self.experts = Experts(
+            checkpoint, self.dtype, self.device, self.adapters, eight_bit=eight_bit_of(self.precision)
+        )
         self._attention_chosen = False
         self.sizes = Sizes.of(checkpoint)
         self.identity = checkpoint.identity()
@@ -220,12 +226,17 @@ class Pipeline:
         """Prompt and noise, or a state that lies on the disk → latents [C, T, H/8, W/8] float32 on the CPU. Raises
         DoesNotFit, RunError."""
         self.choose_attention(request)
-        steps, begun = plan_steps(request), state.begun if state else None
-        if begun and begun.done == len(steps):
+        begun = state.begun if state else None
+        if begun and begun.done == request.num_steps:
             return begun.latents
         plan = self.plan(request)
         assert plan.chosen
         self.experts.use(plan.ladder)
+        cold = self.experts.first_ready is None
+        if not begun and self._room_beside_text(plan):
+            # Nearly always the first one's turn; reading takes longer than all that is imported and encoded meanwhile.
+            self.experts.begin(request.spec.experts[0], first_loras(request))
+        steps = plan_steps(request)
         with reporter.phase("encode the text"):
             guided = any(step.guidance != 1 for step in steps)
             prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
@@ -234,17 +245,22 @@ class Pipeline:
         with reporter.phase("denoise"):
             noise = draw_noise(request, self.device)
             reporter.begin_steps(len(steps), begun.done if begun else 0)
+            cache = StepCache(self.precision.step_cache)
             try:
                 negative = contexts[1] if guided else None
                 latents = denoise(
                     request, self.experts, noise, contexts[0], negative,
                     on_step=lambda step: reporter.step(step.index, step.expert, step.timestep),
-                    begun=begun, keep=state.keep if state else lambda progress: None, warn=reporter.warn,
+                    begun=begun, keep=state.keep if state else lambda progress: None, warn=reporter.warn, cache=cache,
                     look=preview.look if preview else lambda clean: None,
                 )  # fmt: skip
             finally:
                 reporter.end_steps()
+        if cache.threshold:
+            reporter.note(f"the step cache spared {cache.skipped} of {len(steps)} steps", skipped=cache.skipped)
         reporter.stall = self.experts.stall
+        if cold and self.experts.first_ready:
+            reporter.to_first_step = self.experts.first_ready - _process_start()
         if not self.experts.keep_both:
             self.experts.release(host=False)
         if not latents.isfinite().all():
@@ -253,38 +269,60 @@ class Pipeline:
             raise RunError("the latents are not finite numbers", hint="check the files: wan22 download --check FOLDER")
         return latents.cpu()
 
+    def _room_beside_text(self, plan: Plan) -> bool:
+        """Whether an expert may come while the text encoder is still there."""
+        assert plan.chosen
+        needs = plan.chosen.peak("text") + self.sizes.expert_bytes(self.dtype.itemsize)
+        if plan.gpu:
+            return needs + GPU_RESERVE <= plan.gpu_free
+        return needs + HOST_BASE["cpu"] <= plan.host.free
+
     def encode(self, prompts: list[str], reporter: Reporter, mode: str = "device") -> list[Tensor]:
         """Prompts → contexts, each [M, text_dim], on the CPU. The encoder leaves the device again.
 
         mode: the encoder on the `device`, in a `stream` to it, or on the `cpu`; where memory runs out, the next one.
         Raises RunError.
         """
-        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]
+        on = torch.device("cpu") if mode == "cpu" else self.device
+        cache = cache_for(self.checkpoint, self.dtype, on) if self.placement.prompt_cache and missing else None
+        encoded = {prompt: found for prompt in missing if cache and (found := cache.get(prompt))}
+        cut = {prompt for prompt, found in encoded.items() if found.cut}
+        self._contexts |= {prompt: found.context for prompt, found in encoded.items()}
+        if missing := [prompt for prompt in missing if prompt not in encoded]:
             tokenizer = Tokenizer(self.checkpoint.tokenizer, MODEL_SPECS[DEFAULT_TASK].text_len)
-            ids = {}
-            for prompt in missing:
-                ids[prompt], cut = tokenizer(prompt)
-                if cut:
-                    said = f"the prompt is longer than {tokenizer.max_tokens} tokens; the rest is cut: {prompt[:40]}…"
-                    reporter.warn(said)
+            tokens = {prompt: tokenizer(prompt) for prompt in missing}
+            cut |= {prompt for prompt, (_, too_long) in tokens.items() if too_long}
+            troubles = []
 
             def say(trouble: str) -> None:
                 self.experts.release()
                 reporter.warn(trouble)
+                troubles.append(trouble)
 
-            self._contexts |= encode_all(self.checkpoint, self.dtype, self.device, ids, mode, say)
+            ids = {prompt: found for prompt, (found, _) in tokens.items()}
+            contexts = encode_all(self.checkpoint, self.dtype, self.device, ids, mode, say)
             self.experts.memory.trim()
+            self._contexts |= contexts
+            if cache and not troubles:  # after which it was perhaps another device's work
+                for prompt, context in contexts.items():
+                    cache.put(prompt, Encoded(context, prompt in cut))
+        for prompt in (prompt for prompt in dict.fromkeys(prompts) if prompt in cut):
+            most = MODEL_SPECS[DEFAULT_TASK].text_len
+            reporter.warn(f"the prompt is longer than {most} tokens; the rest is cut: {prompt[:40]}…")
         return [self._contexts[prompt] for prompt in prompts]
 
     def decode(self, latents: Tensor, reporter: Reporter | None = None) -> Iterator[np.ndarray]:
         """Latents → chunks of frames [F, H, W, 3] uint8, as they come. Raises RunError."""
         reporter = reporter or Reporter()
         tiles: Grid = (1, 1)
+        dtype = DTYPES[self.precision.vae]
         for beside in ("experts", "nothing"):
-            tiles = pick_tiles(latents.shape, self.sizes, self.experts.memory.free(self.placement.gpu_memory_limit))
+            free = self.experts.memory.free(self.placement.gpu_memory_limit)
+            tiles = pick_tiles(latents.shape, self.sizes, free, dtype.itemsize)
             if tiles != (1, 1) and beside == "experts":
                 self.experts.release()
-        vae = VideoVAE(self.checkpoint, self.device)
+        vae = VideoVAE(self.checkpoint, self.device, dtype)
         for chunk in vae.decode(latents.to(self.device), tiles, reporter.warn):
             yield to_uint8(chunk)
 
@@ -307,10 +345,23 @@ class Pipeline:
             return _write(output or file.with_name(f"{stem}.mp4"), request, saved.record, chunks, policy)
 
 
+def _process_start() -> float:
+    """When this process was started, as time.time() has it: when Enter was pressed, for a command."""
+    import psutil
+
+    return psutil.Process().create_time()
+
+
 def video_name(folder: Path, request: Request, precision: Precision, identity: str) -> Path:
     """A name made of the prompt and a digest of all that decides the picture; request and precision are resolved."""
     decides = digest(request.to_dict(), precision.to_dict(), {"": identity})
     return default_output(folder, request.original_prompt or request.prompt, decides)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """A precision as this device runs it. Raises RequestError for what it cannot do."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return resolve(precision, device.type, capability)
 
 
 def find_adapters(checkpoint: Checkpoint, placement: Placement) -> Adapters:
@@ -322,11 +373,15 @@ def find_adapters(checkpoint: Checkpoint, placement: Placement) -> Adapters:
 
 
 def _device(name: str) -> torch.device:
+    """A placement's device; a GPU with its number, without which some of torch's functions refuse it. Raises
+    RequestError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RequestError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise RequestError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
 
 

@@ -16,6 +16,7 @@ from wan22.sizes import (
     Sizes,
     Terms,
     block_moments,
+    cache_terms,
     host_terms,
     lasting_terms,
     text_terms,
@@ -84,19 +85,22 @@ def make_plan(
     """gpu: its room, None for a run on the CPU; fused: whether the Triton kernels run, which they do on a GPU. Never
     raises for what does not fit: the plan says so."""
     device = "cuda" if gpu else "cpu"
-    item = ITEM[precision.resolve(device).weights]
+    precision = precision.resolve(device)
+    item, sizes = ITEM[precision.weights], sizes.at(precision)
     fused = device == "cuda" if fused is None else fused
-    moments = block_moments(tokens_of(request), sizes, item, fused)
+    moments = block_moments(tokens_of(request), sizes, item, fused, precision.attention.startswith("int8"))
     moment = max(moments, key=lambda name: total(moments[name]))
-    activations = lasting_terms(request, sizes, item) | {f"{moment}: {name}": n for name, n in moments[moment].items()}
+    lasting = lasting_terms(request, sizes, item) | cache_terms(request, sizes, precision)
+    activations = lasting | {f"{moment}: {name}": n for name, n in moments[moment].items()}
     budget = None
     if gpu:
         budget = min(gpu.free, placement.gpu_memory_limit or gpu.free) - GPU_RESERVE
     text = "cpu" if placement.text_encoder == "cpu" else _text_mode(sizes, item, budget)
-    tiles = pick_tiles(request.latent_shape, sizes, host.free - HOST_BASE[device] if budget is None else budget)
+    vae = ITEM[precision.vae]
+    tiles = pick_tiles(request.latent_shape, sizes, host.free - HOST_BASE[device] if budget is None else budget, vae)
     phases = {
         "text": text_terms("device" if device == "cpu" else text, sizes, item),
-        "decode": decode_terms(request.latent_shape, sizes.vae_width, tiles),
+        "decode": decode_terms(request.latent_shape, sizes.vae_width, tiles, vae),
     }
     text_on_host = {} if text == "device" or device == "cpu" else {"text encoder": sizes.text_encoder * item}
     options = []
@@ -203,10 +207,13 @@ def _text_mode(sizes: Sizes, item: int, budget: int | None) -> str:
     return "cpu"
 
 
-def pick_tiles(latent_shape: Sequence[int], sizes: Sizes, room: int) -> Grid:
-    """The coarsest grid of the VAE's tiles that fits into `room` bytes; the finest where none does."""
+def pick_tiles(latent_shape: Sequence[int], sizes: Sizes, room: int, item: int = 4) -> Grid:
+    """The coarsest grid of the VAE's tiles that fits into `room` bytes; the finest where none does. item: bytes of the
+    decoder's dtype."""
     tiles: Grid = (1, 1)
-    while total(decode_terms(latent_shape, sizes.vae_width, tiles)) > room and (grid := finer(tiles, latent_shape)):
+    while total(decode_terms(latent_shape, sizes.vae_width, tiles, item)) > room and (
+        grid := finer(tiles, latent_shape)
+    ):
         tiles = grid
     return tiles
 
