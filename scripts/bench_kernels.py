@@ -201,7 +201,8 @@ def bench_attention(clock: Clock, shape: Shape, sweep: bool) -> Iterator[Row]:
     expected = reference(q[:, rows], k, v)
     flops = 4 * shape.length**2 * shape.heads * shape.head_dim
     seconds = clock(partial(attention_8bit.prepare, q, k, 128), repeats=5)
-    yield {"kind": "attention", "name": "part of ours: q and k smoothed and quantized", "seconds": seconds, "tflops": 0.0}
+    name = "part of ours: q and k smoothed and quantized"
+    yield {"kind": "attention", "name": name, "seconds": seconds, "tflops": 0.0}
     for name, find in attentions(sweep):
         row: Row = {"kind": "attention", "name": name}
         try:
