@@ -14,10 +14,11 @@ FLOORS = [
     {"items"},
     {"options"},
     {"pipeline", "convert", "download", "prompt_extend", "gallery"},
+    {"vae_parallel"},
     {"plan", "text_encoder", "sampling", "vae", "video", "contents"},
     {"sizes"},
     {"experts", "state", "step_cache", "sheet"},
-    {"streaming", "record"},
+    {"streaming", "record", "sharding"},
     {"load"},
     {"chunks"},
     {"checkpoint", "lora", "pack", "quantize", "parallel"},
@@ -35,7 +36,8 @@ FLOORS = [
     {"journal"},
     {"names", "report", "verify", "claim"},
     {"memory"},
-    {"machine", "vae_sizes"},
+    {"machine", "vae_sizes", "launch"},
+    {"mesh", "watch"},
     {"config"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}

@@ -8,6 +8,7 @@
 | disk      | some blocks, buffers for two more | is read every time       | then                           |
 """
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from wan22.load import assemble, empty_expert
 from wan22.lora import Adapters, Merge
 from wan22.memory import OUT_OF_MEMORY, Memory, memory_of
 from wan22.model import WanTransformer
+from wan22.parallel import Ranks
 from wan22.streaming import BlockStream, Files, HostCopy, Piece, Source, evenly, pieces_of
 
 ROOM_FOR_WORK = 0.25  # of the host's free memory, left alone when files are read ahead
@@ -63,6 +65,7 @@ class Experts:
         self._empty = {name: empty_expert(expert, dtype) for name, expert in checkpoint.experts.items()}
         self.bytes = sum(tensor.nbytes for model in self._empty.values() for tensor in model.state_dict().values())
         self.attention = "torch"  # the backend's name; set before an expert is asked for
+        self.ranks: Ranks | None = None  # those that work together, where there are several
         self.ladder = list(ladder)
         self._given_memory = memory
         self.stall = 0.0  # seconds that steps waited for an expert, but for the first
@@ -153,6 +156,10 @@ class Experts:
         return Files(self.checkpoint.experts[key.name], self._pieces(key.name), key.merges, self.memory)
 
     def _place(self, key: Key) -> _Placed:
+        if self.ranks and self.ranks.shard_experts:
+            placed, fill = self._shard(key)
+            fill(lambda: False)
+            return placed
         kind, pieces = self.residency.kind, self._pieces(key.name)
         streamed = self._streamed(len(pieces) - 1)
         copy = self._copy_of(key)
@@ -185,8 +192,27 @@ class Experts:
             self.memory.move(flats[number], copy.pieces[number])
         self._files(key).read({number: flat for number, flat in flats.items() if not copy or number not in copy.pieces})
 
+    def _shard(self, key: Key) -> tuple[_Placed, Callable[[Callable[[], bool]], None]]:
+        """This rank's part of an expert with its memory taken, and the work that fills it."""
+        from wan22.sharding import sharded_expert
+
+        assert self.ranks
+        expert, world = self.checkpoint.experts[key.name], self.ranks.mesh.world
+        model, fill = sharded_expert(expert, self.dtype, self.attention, key.merges, self.memory, world)
+        self.ranks.split(model)
+        return _Placed(key, model), fill
+
     def _begin_placing(self, key: Key) -> tuple[_Placed, Callable[[Callable[[], bool]], None]]:
         """A wholly resident expert with its memory taken, and the work that fills it."""
+        if self.ranks and self.ranks.shard_experts:
+            shard, fill = self._shard(key)
+            taken = self.memory.mark()
+
+            def work_on_shard(stopped: Callable[[], bool]) -> None:
+                with self.memory.aside(taken):
+                    fill(stopped)
+
+            return shard, work_on_shard
         flats = {number: self.memory.empty(piece.nbytes) for number, piece in self._pieces(key.name).items()}
         placed, mark = self._assemble(key, flats, [], [], None), self.memory.mark()
 
@@ -210,6 +236,8 @@ class Experts:
         for number, piece in pieces.items():
             state |= piece.views(flats[number])
         assemble(model, state, self.attention)
+        if self.ranks:
+            self.ranks.split(model)
         if not streamed:
             return _Placed(key, model)
         assert source
@@ -258,13 +286,18 @@ class Experts:
             self._stop_warming = threading.Event()
             threading.Thread(target=tensors.warm, args=(self._stop_warming,), daemon=True).start()
 
-    def _drop(self, placed: Sequence[_Placed]) -> None:
+    def _drop(self, placed: list[_Placed]) -> None:
+        if not placed:
+            return
         for at in placed:
             if at.stream:
                 at.stream.close()
             self._placed.remove(at)
-        if placed:
-            self.memory.trim()
+        del at
+        placed.clear()
+        if self.ranks and self.ranks.shard_experts:
+            gc.collect()  # PyTorch's sharding holds a module in cycles
+        self.memory.trim()
 
 
 class _Coming:

@@ -35,14 +35,17 @@ from wan22.load import DTYPES
 from wan22.lora import Adapters
 from wan22.memory import limit_gpu_memory
 from wan22.names import default_output
-from wan22.plan import Plan, Sizes, pick_tiles, require
+from wan22.parallel import Ranks
+from wan22.plan import Plan, Sizes, pick_tiles, require, require_any
 from wan22.report import Reporter
-from wan22.sampling import denoise, describe_split, draw_noise, plan_steps
-from wan22.state import RunState, begin_automatic, begin_given, read_state
+from wan22.sampling import denoise, describe_split, draw_noise, evaluate, plan_steps
+from wan22.state import Follower, RunState, begin_automatic, begin_given, read_state
 from wan22.text_encoder import Tokenizer, check_text_encoder, encode_all
 from wan22.vae import VideoVAE, check_vae, to_uint8
+from wan22.vae_parallel import decode_together
 from wan22.vae_sizes import Grid
 from wan22.video import IfExists, check_writable, open_output
+from wan22.watch import ticking
 
 
 @dataclass
@@ -70,16 +73,19 @@ class Pipeline:
         precision: Precision = Precision(),  # noqa: B008 (frozen)
         placement: Placement = Placement(),  # noqa: B008
         encoding: Encoding = Encoding(),  # noqa: B008
+        ranks: Ranks | None = None,
     ) -> None:
-        """Checks every file's names and shapes; reads no weight. Raises RequestError."""
-        self.checkpoint, self.placement, self.encoding = checkpoint, placement, encoding
-        self.device = _device(placement.device)
+        """Checks every file's names and shapes; reads no weight. ranks: the processes that make each video together,
+        every one of which calls the same of what follows. Raises RequestError."""
+        self.checkpoint, self.placement, self.encoding, self.ranks = checkpoint, placement, encoding, ranks
+        self.device = ranks.device if ranks else _device(placement.device)
         self.precision = precision.resolve(self.device.type)
         self.dtype = DTYPES[self.precision.weights]
         check_text_encoder(checkpoint)
         check_vae(checkpoint)
         self.adapters = find_adapters(checkpoint, placement)
         self.experts = Experts(checkpoint, self.dtype, self.device, self.adapters)
+        self.experts.ranks = ranks
         self._attention_chosen = False
         self.sizes = Sizes.of(checkpoint)
         self.identity = checkpoint.identity()
@@ -136,6 +142,9 @@ class Pipeline:
         """
         drawn = request.seed is None
         request = self.resolve(request)
+        if self.ranks and not self.ranks.first:
+            request, lead = self.ranks.share(None)
+            return request, Follower(lead)
         record = self.record(request)
         save_every = self.placement.save_every
         settings: dict[str, Any] = {"any_seed": drawn, "steps": request.num_steps, "save_every": save_every}
@@ -143,7 +152,10 @@ class Pipeline:
             state = begin_given(output, record, overwrite=overwrite, **settings)
         else:
             state = begin_automatic(self.name(request, folder), record, **settings)
-        return replace(request, seed=state.record["request"]["seed"]), state
+        request = replace(request, seed=state.record["request"]["seed"])
+        if self.ranks:
+            self.ranks.share((request, state.lead))
+        return request, state
 
     def name(self, request: Request, folder: Path) -> Path:
         """What the video of a resolved request is called where nobody says otherwise."""
@@ -161,7 +173,10 @@ class Pipeline:
             if state.trouble:
                 reporter.warn(f"the latents could not be kept: {state.trouble}")
             with reporter.phase("decode and write"):
-                state.output = _write(state.output, request, record, self.decode(latents, reporter), if_exists)
+                if self.ranks and not self.ranks.first:
+                    assert not list(self.decode(latents, reporter))
+                else:
+                    state.output = _write(state.output, request, record, self.decode(latents, reporter), if_exists)
         state.close(keep_latents)
         return state.output
 
@@ -183,6 +198,8 @@ class Pipeline:
         length = math.prod(n // step for n, step in zip(request.latent_shape[1:], config.patch_size, strict=True))
         shape = Shape(length, config.num_heads, config.head_dim)
         self.experts.attention = choose(self.precision.attention, shape, self.device, self.dtype)
+        if self.ranks:  # measured here too, which compiles it; but every rank's must round alike
+            self.experts.attention = self.ranks.share(self.experts.attention)
         self.precision = replace(self.precision, attention=self.experts.attention)
         self._attention_chosen = True
 
@@ -204,8 +221,17 @@ class Pipeline:
         }
 
     def plan(self, request: Request) -> Plan:
-        """What the request needs of this machine, and how it is met. Raises DoesNotFit."""
-        return require(request, self.precision, self.placement, self.sizes, *self.experts.memory.rooms())
+        """What the request needs of this machine, or of each rank's, and how it is met. Raises DoesNotFit."""
+        gpu, host = self.experts.memory.rooms()
+        if not self.ranks:
+            return require(request, self.precision, self.placement, self.sizes, gpu, host)
+        rooms = self.ranks.gather((gpu, host))  # and all must find the same
+        host = min((host for _, host in rooms), key=lambda room: room.free)
+        gpu = gpu and min((gpu for gpu, _ in rooms), key=lambda room: room.free)
+        plan, self.ranks.shard_experts = require_any(
+            request, self.precision, self.placement, self.sizes, gpu, host, self.ranks.shares()
+        )
+        return plan
 
     def denoise(self, request: Request, reporter: Reporter, state: RunState | None = None) -> Tensor:
         """Prompt and noise, or a state that lies on the disk → latents [C, T, H/8, W/8] float32 on the CPU. Raises
@@ -217,6 +243,8 @@ class Pipeline:
         plan = self.plan(request)
         assert plan.chosen
         self.experts.use(plan.ladder)
+        if self.ranks:
+            reporter.note(self.ranks.describe())
         with reporter.phase("encode the text"):
             guided = any(step.guidance != 1 for step in steps)
             prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
@@ -227,11 +255,13 @@ class Pipeline:
             reporter.begin_steps(len(steps), begun.done if begun else 0)
             try:
                 negative = contexts[1] if guided else None
-                latents = denoise(
-                    request, self.experts, noise, contexts[0], negative,
-                    on_step=lambda step: reporter.step(step.index, step.expert, step.timestep),
-                    begun=begun, keep=state.keep if state else lambda progress: None, warn=reporter.warn,
-                )  # fmt: skip
+                with ticking():
+                    latents = denoise(
+                        request, self.experts, noise, contexts[0], negative,
+                        on_step=lambda step: reporter.step(step.index, step.expert, step.timestep),
+                        begun=begun, keep=state.keep if state else lambda progress: None, warn=reporter.warn,
+                        evaluate=self.ranks.evaluate if self.ranks else evaluate,
+                    )  # fmt: skip
             finally:
                 reporter.end_steps()
         reporter.stall = self.experts.stall
@@ -262,13 +292,20 @@ class Pipeline:
                 self.experts.release()
                 reporter.warn(trouble)
 
-            self._contexts |= encode_all(self.checkpoint, self.dtype, self.device, ids, mode, say)
+            ranks, encoded = self.ranks, None
+            if not ranks or ranks.first or ranks.shard_text:
+                world = ranks.mesh.world if ranks and ranks.shard_text else 1
+                encoded = encode_all(self.checkpoint, self.dtype, self.device, ids, mode, say, world)
+            self._contexts |= ranks.share(encoded) if ranks else encoded or {}
             self.experts.memory.trim()
         return [self._contexts[prompt] for prompt in prompts]
 
     def decode(self, latents: Tensor, reporter: Reporter | None = None) -> Iterator[np.ndarray]:
         """Latents → chunks of frames [F, H, W, 3] uint8, as they come. Raises RunError."""
         reporter = reporter or Reporter()
+        if self.ranks:
+            yield from self._decode_together(latents, self.ranks)
+            return
         tiles: Grid = (1, 1)
         for beside in ("experts", "nothing"):
             tiles = pick_tiles(latents.shape, self.sizes, self.experts.memory.free(self.placement.gpu_memory_limit))
@@ -277,6 +314,16 @@ class Pipeline:
         vae = VideoVAE(self.checkpoint, self.device)
         for chunk in vae.decode(latents.to(self.device), tiles, reporter.warn):
             yield to_uint8(chunk)
+
+    def _decode_together(self, latents: Tensor, ranks: Ranks) -> Iterator[np.ndarray]:
+        """On the first rank the frames, on the others none."""
+        if not self.experts.keep_both:
+            self.experts.release()
+        room = min(ranks.gather(self.experts.memory.free(self.placement.gpu_memory_limit) // ranks.on_this_device))
+        tiles = pick_tiles(latents.shape, self.sizes, room, ranks.mesh.world)
+        with ticking():
+            vae = VideoVAE(self.checkpoint, self.device)
+            yield from decode_together(vae, latents.to(self.device), tiles, ranks)
 
     def decode_file(self, file: Path, output: Path | None, overwrite: bool, reporter: Reporter) -> Path:
         """Make the video of latents that were kept, with the record in them. Raises RequestError, RunError."""

@@ -143,10 +143,11 @@ def tokens_of(request: Request) -> int:
     return frames * (height // 2) * (width // 2)
 
 
-def weight_terms(residency: Residency, sizes: Sizes, item: int) -> Terms:
-    """On the device."""
+def weight_terms(residency: Residency, sizes: Sizes, item: int, shards: int = 1) -> Terms:
+    """On the device. shards: ranks that each keep a part; the block at work and the next are whole, and copied."""
     if residency.kind in ("none", "expert"):
-        return {"experts": (2 if residency.kind == "none" else 1) * sizes.expert_bytes(item)}
+        whole = {} if shards == 1 else {"gathered": sizes.rest_bytes(item) + 4 * sizes.block_bytes(item)}
+        return {"experts": (2 if residency.kind == "none" else 1) * -(-sizes.expert_bytes(item) // shards), **whole}
     block = sizes.block_bytes(item)
     resident = max(0, sizes.num_layers - _streamed(residency, sizes))
     return {"outside the blocks": sizes.rest_bytes(item), "resident blocks": resident * block, "two buffers": 2 * block}
@@ -166,10 +167,12 @@ def host_terms(residency: Residency, sizes: Sizes, item: int) -> Terms:
     return {"pinned experts": residency.host_experts * sizes.expert_bytes(item)}
 
 
-def text_terms(mode: str, sizes: Sizes, item: int) -> Terms:
+def text_terms(mode: str, sizes: Sizes, item: int, shards: int = 1) -> Terms:
     """mode: `device`, `stream` (accelerate brings one layer at a time; the embedding is the largest) or `cpu`. Eager
     attention makes scores in the weights' dtype and in float32, and the position bias."""
     if mode == "cpu":
         return {}
     weights = sizes.text_encoder if mode == "device" else max(sizes.text_embedding, sizes.text_encoder // 24)
+    if shards > 1:  # the embedding is whole all along, and two layers
+        weights = sizes.text_encoder // shards + sizes.text_embedding + sizes.text_encoder // 12
     return {"weights": weights * item, "scores": sizes.text_heads * sizes.text_len**2 * (3 * item + 8)}
