@@ -591,10 +591,9 @@ def main(argv: list[str]) -> int:
         code = app(args=words, prog_name="wan22", standalone_mode=False) or 0
     except SystemExit as error:
         if error.code in STOPPED:
-            said = "; ".join([STOPPED[error.code], *notes(error)])
             if member := _running.member:
-                return member.fail(News("stopped", member.rank, said, (), int(error.code)))
-            print(said, file=sys.stderr)
+                return member.fail(News("stopped", member.rank, STOPPED[error.code], (), int(error.code)))
+            print("; ".join([STOPPED[error.code], *notes(error)]), file=sys.stderr)
         raise
     except Exception as error:
         if member := _running.member:
@@ -619,6 +618,8 @@ def tell_others(error: Exception, member: Member) -> int:
     is_own = isinstance(error, WanError) or not of_others
     if is_own and member.rank and not isinstance(error, RequestError):
         message = f"rank {member.rank}: {message}"
+    kept = notes(error)  # told by whoever keeps the state, whichever rank fails
+    hints = [hint for hint in hints if hint not in kept]
     return member.fail(News("failed" if is_own else "cut off", member.rank, message, tuple(hints), code))
 
 

@@ -8,18 +8,18 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from subprocess import DEVNULL, Popen, TimeoutExpired
 from types import FrameType
 from typing import IO, Any
 
 from wan22.config import Placement, RequestError
 from wan22.mesh import first_host
-from wan22.watch import RESCUE, Member, News, Watchman, announce
+from wan22.watch import RESCUE, Member, News, Watchman
 
 WATCH = "WAN22_WATCH"  # address and token of the watchman, for processes that `--gpus` started
 
@@ -104,7 +104,7 @@ def connect(environment: Mapping[str, str], team: Team) -> Member | None:
 def launch(argv: Sequence[str], count: int) -> int:
     """`wan22 ARGV` in `count` processes on this machine; the exit code. The first one's output is this one's; of the
     others, only what ends the run is told, once."""
-    watchman = Watchman(count, "127.0.0.1", tell=lambda news: None)
+    watchman = Watchman(count, "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
@@ -113,15 +113,15 @@ def launch(argv: Sequence[str], count: int) -> int:
               "OMP_NUM_THREADS": threads}  # fmt: skip
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
-        children: list[subprocess.Popen[bytes]] = []
+        children: list[Popen[bytes]] = []
         stack.callback(_kill, children)
         stack.enter_context(_forwarding(children))
         for rank in range(count):
-            quiet: dict[str, Any] = {} if rank == 0 else {"stdout": subprocess.DEVNULL, "stderr": said[rank]}
+            quiet: dict[str, Any] = {} if rank == 0 else {"stdout": DEVNULL, "stderr": said[rank]}
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of their own: Ctrl-C comes to this process alone, which passes it on.
-            children.append(subprocess.Popen([sys.executable, "-m", "wan22", *argv], env=environment,
-                                             stdin=subprocess.DEVNULL, start_new_session=True, **quiet))  # fmt: skip
+            children.append(Popen([sys.executable, "-m", "wan22", *argv], env=environment,
+                                             stdin=DEVNULL, start_new_session=True, **quiet))  # fmt: skip
         told: set[int] = set()
         while not watchman.ended.wait(0.1):
             codes = [child.poll() for child in children]
@@ -135,7 +135,6 @@ def launch(argv: Sequence[str], count: int) -> int:
         # The first one keeps the run's state, which takes a moment.
         _await(children, RESCUE + 2)
         _kill(children)
-        announce(watchman.verdict)
         return watchman.verdict.code
 
 
@@ -155,7 +154,7 @@ def _signal_name(number: int) -> str:
 
 
 @contextlib.contextmanager
-def _forwarding(children: "list[subprocess.Popen[bytes]]") -> Any:
+def _forwarding(children: "list[Popen[bytes]]") -> Any:
     def forward(number: int, frame: FrameType | None) -> None:
         for child in children:
             with contextlib.suppress(OSError):
@@ -171,14 +170,14 @@ def _forwarding(children: "list[subprocess.Popen[bytes]]") -> Any:
             signal.signal(number, handler)
 
 
-def _await(children: "Sequence[subprocess.Popen[bytes]]", seconds: float) -> None:
+def _await(children: "Sequence[Popen[bytes]]", seconds: float) -> None:
     end = time.monotonic() + seconds
     for child in children:
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(TimeoutExpired):
             child.wait(max(0.0, end - time.monotonic()))
 
 
-def _kill(children: "Sequence[subprocess.Popen[bytes]]") -> None:
+def _kill(children: "Sequence[Popen[bytes]]") -> None:
     for child in children:
         if child.poll() is None:
             child.kill()

@@ -242,9 +242,9 @@ class Watchman:
             if now - seen.heard > SILENCE:
                 self.hear(News("silent", rank, f"rank {rank} does not answer any more (process {seen.pid})"))
         patience = max([STANDSTILL, *(3 * seen.longest for seen in here.values())])
-        if len(self._seen) == self._count and here and all(
-            seen.armed and now - seen.since > patience for seen in here.values()
-        ):
+        latest = max((seen.since for seen in self._seen.values()), default=now)  # of those who are done, too
+        armed = len(self._seen) == self._count and here and all(seen.armed for seen in here.values())
+        if armed and now - latest > patience:
             behind = min(here, key=lambda rank: here[rank].ticks)
             line = f"rank {behind} hangs: nothing has gone on for {patience:.0f} s (process {here[behind].pid})"
             self.hear(News("hangs", behind, line))
