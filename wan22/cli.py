@@ -256,7 +256,7 @@ def generate(
             write_sidecar(path, policy)
     reporter.finished(str(path))
     if ranks:
-        ranks.wait()
+        ranks.part()
 
 
 @app.command()

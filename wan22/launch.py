@@ -90,7 +90,7 @@ def rendezvous(environment: Mapping[str, str], team: Team) -> dict[str, str]:
     if "MASTER_PORT" not in told:
         job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         told["MASTER_PORT"] = str(20000 + (job * 16 + step % 16) % 40000)
-    return {**told, "RANK": str(team.rank), "WORLD_SIZE": str(team.world)}
+    return {**told, "RANK": str(team.rank), "WORLD_SIZE": str(team.world), "LOCAL_RANK": str(team.local_rank)}
 
 
 def connect(environment: Mapping[str, str], team: Team) -> Member | None:

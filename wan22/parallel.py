@@ -10,6 +10,7 @@ the ring axis (mesh.py).
 import functools
 import math
 import os
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,10 +25,14 @@ from wan22.config import Placement, RequestError, RunError
 from wan22.launch import Team, connect, rendezvous
 from wan22.mesh import Mesh, Shares, shares
 from wan22.model import ContextKV, WanTransformer
-from wan22.watch import Member, Watchman, tick
+from wan22.watch import Member, Watchman, count_processor_time, tick
 
 PATIENCE = timedelta(minutes=30)  # for one message; who does not answer is found out by watch.py, and sooner
 OVERLAPPED = {"cuda": 2, "cpu": 1}  # parts of a rank's heads: one is attended to while the next one's are on their way
+
+
+# Its newer name, and its older one.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
@@ -97,11 +102,16 @@ class Ranks:
     def of(cls, team: Team, mesh: Mesh, placement: Placement) -> Self:
         """This process's part in a mesh, its device as the placement says. Raises RequestError."""
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if placement.device == "auto" else placement.device
-        if kind == "cuda" and team.local_rank >= torch.cuda.device_count():
-            raise RequestError(f"{team.local_world} processes on a machine with {torch.cuda.device_count()} GPUs",
-                               hint="as many processes as GPUs, or --device cpu")  # fmt: skip
-        device = torch.device("cuda", team.local_rank) if kind == "cuda" else torch.device("cpu")
-        return cls(team, mesh, device, OVERLAPPED[kind], placement.dit_fsdp, placement.t5_fsdp)
+        device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+        if kind == "cpu":
+            count_processor_time()
+        ranks = cls(team, mesh, device, OVERLAPPED[kind], placement.dit_fsdp, placement.t5_fsdp)
+        if kind == "cuda":
+            cards = ranks.gather((platform.node(), str(torch.cuda.get_device_properties(device).uuid)))
+            if len(set(cards)) < len(cards):
+                raise RequestError(f"{team.local_world} processes on a machine with {len(set(cards))} GPUs",
+                                   hint="as many processes as GPUs, or --device cpu")  # fmt: skip
+        return ranks
 
     @property
     def first(self) -> bool:
@@ -142,7 +152,7 @@ class Ranks:
         own = model(latents, timestep, (context, negative)[self.branch]).contiguous()
         both = own.new_empty(2, *own.shape)
         tick()
-        dist.all_gather_into_tensor(both.flatten(0, 1), own, self._pair)
+        all_gather(both.flatten(0, 1), own, self._pair)
         self.counts.bytes_sent += own.nbytes
         return both[0], both[1]
 
@@ -167,7 +177,7 @@ class Ranks:
         padded = own.new_zeros(len(own), max(lengths), *own.shape[2:])
         padded[:, : own.shape[1]] = own
         room = own.new_empty(len(lengths) * len(own), *padded.shape[1:])
-        dist.all_gather_into_tensor(room, padded, group)
+        all_gather(room, padded, group)
         self.counts.bytes_sent += (len(lengths) - 1) * padded.nbytes
         return [part[:, :length] for part, length in zip(room.chunk(len(lengths)), lengths, strict=True)]
 
@@ -257,9 +267,10 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self._plain)
         return box[0]
 
-    def wait(self) -> None:
-        """For all ranks to be here."""
+    def part(self) -> None:
+        """The end, once all ranks have come to it."""
         dist.barrier(self._plain)
+        dist.destroy_process_group()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in order, on every rank."""
@@ -291,7 +302,7 @@ class _Heads:
         own = k.new_zeros(2, len(k), max(lengths), *k.shape[2:])
         own[0, :, : k.shape[1]], own[1, :, : v.shape[1]] = k, v
         room = own.new_empty(layout.ring * 2, *own.shape[1:])
-        work = dist.all_gather_into_tensor(room, own, layout.ring_group, async_op=True)
+        work = all_gather(room, own, layout.ring_group, async_op=True)
         ranks.counts.bytes_sent += (layout.ring - 1) * own.nbytes
         self._ring = q, room.view(layout.ring, *own.shape), lengths, work
 
@@ -334,7 +345,7 @@ def meet(team: Team) -> Member:
     os.environ.update(rendezvous(os.environ, team))
     member = connect(os.environ, team)
     on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    if on_gpu:  # SLURM may show each process its own card alone
         torch.cuda.set_device(team.local_rank % torch.cuda.device_count())
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)

@@ -43,7 +43,7 @@ from wan22.state import Follower, RunState, begin_automatic, begin_given, read_s
 from wan22.text_encoder import Tokenizer, check_text_encoder, encode_all
 from wan22.vae import VideoVAE, check_vae, to_uint8
 from wan22.vae_parallel import decode_together
-from wan22.vae_sizes import Grid
+from wan22.vae_sizes import Grid, rank_grid
 from wan22.video import IfExists, check_writable, open_output
 from wan22.watch import ticking
 
@@ -317,10 +317,12 @@ class Pipeline:
 
     def _decode_together(self, latents: Tensor, ranks: Ranks) -> Iterator[np.ndarray]:
         """On the first rank the frames, on the others none."""
-        if not self.experts.keep_both:
-            self.experts.release()
-        room = min(ranks.gather(self.experts.memory.free(self.placement.gpu_memory_limit) // ranks.on_this_device))
-        tiles = pick_tiles(latents.shape, self.sizes, room, ranks.mesh.world)
+        tiles: Grid = (1, 1)
+        for beside in ("experts", "nothing"):
+            free = self.experts.memory.free(self.placement.gpu_memory_limit) // ranks.on_this_device
+            tiles = pick_tiles(latents.shape, self.sizes, min(ranks.gather(free)), ranks.mesh.world)
+            if tiles != rank_grid(latents.shape, ranks.mesh.world) and beside == "experts":
+                self.experts.release()
         with ticking():
             vae = VideoVAE(self.checkpoint, self.device)
             yield from decode_together(vae, latents.to(self.device), tiles, ranks)

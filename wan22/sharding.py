@@ -11,7 +11,7 @@ import contextlib
 import functools
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -42,20 +42,8 @@ def sharded_expert(
 ) -> tuple[WanTransformer, Fill]:
     """An expert of which this rank has its part, not filled yet, and what fills it: from the files, without a message
     to others, giving up where it is told to stop. Raises RequestError, torch.OutOfMemoryError."""
-    mesh = whole_world(memory.device.type, world)
     model = empty_expert(expert, dtype)
-    assemble(model, room_for(model, torch.device("meta")), attention)
-    # What is outside the blocks and large: 1.9 GB, gathered for their own moment as well.
-    units: list[nn.Module] = [*model.blocks, model.text_embedding, model.time_embedding, model.time_projection]
-    for unit in [*units, model]:
-        fully_shard(unit, mesh=mesh)
-    register_fsdp_forward_method(model, "embed_context")
-    for block in cast(Any, model.blocks):
-        attention_ = block.cross_attn
-        # Weak, or the module would hold itself and its weights till the garbage collector comes.
-        whole = functools.partial(_with_weights, weakref.ref(block), weakref.ref(attention_))
-        setattr(attention_, "keys_values", whole)  # noqa: B010
-    targets, begins = _own_parts(model, mesh, memory)
+    targets, begins = shard_expert(model, attention, memory, world)
     blocks: dict[str, dict[str, Tensor]] = {}
     for name, target in targets.items():
         number = name.split(".")[1] if name.startswith("blocks.") else ""
@@ -68,6 +56,23 @@ def sharded_expert(
             read_state(expert, table, merges, {name: begins[name] for name in table})
 
     return model, fill
+
+
+def shard_expert(model: WanTransformer, attention: str, memory: Memory, world: int) -> "Parts":
+    """A model on `meta` → sharded, its attention by the named backend; this rank's parts, to be filled."""
+    mesh = whole_world(memory.device.type, world)
+    assemble(model, room_for(model, torch.device("meta")), attention)
+    # What is outside the blocks and large: 1.9 GB, gathered for their own moment as well.
+    units: list[nn.Module] = [*model.blocks, model.text_embedding, model.time_embedding, model.time_projection]
+    for unit in [*units, model]:
+        fully_shard(unit, mesh=mesh)
+    register_fsdp_forward_method(model, "embed_context")
+    for block in cast(Any, model.blocks):
+        attention_ = block.cross_attn
+        # Weak, or the module would hold itself and its weights till the garbage collector comes.
+        whole = functools.partial(_with_weights, weakref.ref(block), weakref.ref(attention_))
+        setattr(attention_, "keys_values", whole)  # noqa: B010
+    return _own_parts(model, mesh, memory)
 
 
 def shard_text_encoder(model: nn.Module, layers: Sequence[nn.Module], memory: Memory, world: int) -> "Parts":
@@ -134,8 +139,3 @@ def gathered(module: FSDPModule) -> Iterator[None]:
         yield
     finally:
         module.reshard()
-
-
-def bytes_of(model: nn.Module) -> Mapping[str, int]:
-    """A rank's own bytes of every parameter."""
-    return {name: cast(DTensor, parameter).to_local().nbytes for name, parameter in model.named_parameters()}

@@ -23,7 +23,8 @@ from wan22.video import VideoWriter
 from wan22.watch import Member, News, Watchman
 
 TYPED = ["generate", "--ckpt_dir", str(TINY), "--size", "64*48", "--frame_num", "5", "--sample_steps", "4", "--prompt",
-         "a ball", "--seed", "3", "--sample_shift", "3", "--device", "cpu", "--keep-latents", "--save-every", "0"]  # fmt: skip
+         "a ball", "--seed", "3", "--sample_shift", "3", "--device", "cpu", "--keep-latents",
+         "--save-every", "0"]  # fmt: skip
 LOW = "low_noise_model"
 BLOCKS = 3 * 2  # calls a step: three blocks, two branches, on two ranks that share the tokens
 
@@ -213,7 +214,8 @@ def test_dry_run_says_the_mesh(tmp_path, monkeypatch, capfd):
 
 def processes(*words, cwd):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
+    words = [sys.executable, *words]
+    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
 
 
 def test_torchrun_as_published(whole, tmp_path):

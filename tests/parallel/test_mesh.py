@@ -69,7 +69,7 @@ def test_torchrun_and_slurm_are_understood():
                 "MASTER_PORT": "1"}  # fmt: skip
     assert team_of(torchrun) == Team(5, 8, 1, 4)
     assert rendezvous(torchrun, Team(5, 8, 1, 4)) == {
-        "MASTER_ADDR": "a", "MASTER_PORT": "1", "RANK": "5", "WORLD_SIZE": "8"}  # fmt: skip
+        "MASTER_ADDR": "a", "MASTER_PORT": "1", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}  # fmt: skip
     slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1",
              "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "77",
              "SLURM_STEP_ID": "0"}  # fmt: skip

@@ -66,7 +66,7 @@ def velocities(evaluate, model, shape, guided):
 
 def expected_bytes(mesh, rank, tokens, velocity, guided):
     """What a rank sends in the passes of one step, in float32; and its tokens and heads."""
-    branch, ring, ulysses = mesh.place(rank)
+    ulysses = mesh.place(rank)[2]
     rings, order = mesh.ring, rank % mesh.sequence
     if mesh.guidance == 2 and not guided:
         rings, order = 2 * mesh.ring, rank
