@@ -205,8 +205,10 @@ def generate(
             check_sidecar(output, if_exists=if_exists)
     checkpoint = read_checkpoint(flags, base, request.task)
     request = make_request(settings, checkpoint)
-    mesh, shares = planning.spread(request, placement, checkpoint, team)
-    planning.require_here(request, precision, placement, planning.Sizes.of(checkpoint), shares)
+    sizes = planning.Sizes.of(checkpoint)
+    mesh, shares = planning.spread(request, placement, sizes, team)
+    planning.require_gpus(placement, team)
+    planning.require_here(request, precision, placement, sizes, shares)
     if mesh.world > team.world and not dry_run:
         raise typer.Exit(launching.launch(_running.words, mesh.world))
     from wan22.pipeline import Pipeline
@@ -355,6 +357,8 @@ def plan(
     dtype: Annotated[str | None, typer.Option(help="Weights: auto, bf16, float32.")] = None,
     offload: Annotated[str, typer.Option(help="auto, none, expert, block, disk.")] = "auto",
     t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
+    gpus: Annotated[int, typer.Option(min=1, metavar="N", help="Of that many together; each has what is told.")] = 1,
+    dit_fsdp: Annotated[bool, typer.Option("--dit-fsdp", help="Each GPU keeps a part of the experts.")] = False,
     gpu_memory: Annotated[str | None, typer.Option(help="As if so much were free: 24GiB; 0 for none.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="As if so much were free: 64GiB.")] = None,
     model: Annotated[str | None, typer.Option(help="Default: the published model's sizes.")] = None,
@@ -368,8 +372,12 @@ def plan(
     if model or ckpt_dir:
         sizes = planning.Sizes.of(open_checkpoint(find_checkpoint(model, ckpt_dir)))
     gpu, host = planning.rooms(gpu_memory, host_memory)
-    placement = Placement(offload=offload, text_encoder="cpu" if t5_cpu else "auto")
-    made = planning.make_plan(request, Precision(**given(weights=dtype)), placement, sizes, gpu, host)
+    placement = Placement(offload=offload, text_encoder="cpu" if t5_cpu else "auto", gpus=gpus, dit_fsdp=dit_fsdp)
+    launching.refuse_lonely(placement, launching.Team())
+    mesh, shares = planning.spread(request, placement, sizes)
+    made = planning.make_plan(request, Precision(**given(weights=dtype)), placement, sizes, gpu, host, shares=shares)
+    if mesh.world > 1 and not json_lines:
+        print(f"each of {mesh.world}: {mesh}" + (", experts sharded" if dit_fsdp else ""))
     print(json.dumps(planning.as_dict(made)) if json_lines else planning.as_text(made, request, sizes))
     raise typer.Exit(0 if made.chosen else 3)
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from wan22.model import WanTransformer
 from wan22.parallel import Ranks
 from wan22.streaming import BlockStream, Files, HostCopy, Piece, Source, evenly, pieces_of
 
+if TYPE_CHECKING:
+    from wan22.sharding import Copies
+
 ROOM_FOR_WORK = 0.25  # of the host's free memory, left alone when files are read ahead
 
 
@@ -37,6 +41,7 @@ class _Placed:
     key: "Key"
     model: WanTransformer
     stream: BlockStream | None = None
+    join: Callable[[], None] | None = None  # what is to be done by all ranks at once before it is used
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,8 @@ class Experts:
             try:
                 self._coming = _Coming(key, *self._begin_placing(key))
             except OUT_OF_MEMORY:
+                if self.ranks:
+                    raise  # the others go on to bring it
                 return  # it is asked for again at its turn, and whoever asks has an answer to that
         elif self.residency.host_experts > (self.residency.kind == "block") and self.memory.has_host:
             self._forget_copies(self.residency.host_experts - 1, at_work=self._placed)
@@ -190,7 +197,22 @@ class Experts:
         for number in flats.keys() & (copy.pieces.keys() if copy else set()):
             assert copy
             self.memory.move(flats[number], copy.pieces[number])
-        self._files(key).read({number: flat for number, flat in flats.items() if not copy or number not in copy.pieces})
+        wanted = {number: flat for number, flat in flats.items() if not copy or number not in copy.pieces}
+        if self.ranks and not key.merges:
+            for copies in self._copies_of(key, wanted):
+                copies.read()
+                copies.join()
+            return
+        self._files(key).read(wanted)
+
+    def _copies_of(self, key: Key, flats: dict[int, Tensor]) -> "list[Copies]":
+        """What several ranks read for one another, piece by piece; adapters, which change whole tensors, each does."""
+        from wan22.sharding import Copies
+
+        assert self.ranks
+        expert, rank, world = self.checkpoint.experts[key.name], self.ranks.team.rank, self.ranks.mesh.world
+        pieces = self._pieces(key.name)
+        return [Copies(expert, pieces[number].views(flat), rank, world) for number, flat in flats.items()]
 
     def _shard(self, key: Key) -> tuple[_Placed, Callable[[Callable[[], bool]], None]]:
         """This rank's part of an expert with its memory taken, and the work that fills it."""
@@ -215,6 +237,22 @@ class Experts:
             return shard, work_on_shard
         flats = {number: self.memory.empty(piece.nbytes) for number, piece in self._pieces(key.name).items()}
         placed, mark = self._assemble(key, flats, [], [], None), self.memory.mark()
+        if self.ranks and not key.merges:
+            everything = self._copies_of(key, flats)
+
+            def join() -> None:
+                for copies in everything:
+                    copies.join()
+
+            def work_on_part(stopped: Callable[[], bool]) -> None:
+                with self.memory.aside(mark):
+                    for copies in everything:
+                        if stopped():
+                            return
+                        copies.read()
+
+            placed.join = join
+            return placed, work_on_part
 
         def work(stopped: Callable[[], bool]) -> None:
             with self.memory.aside(mark):
@@ -277,6 +315,9 @@ class Experts:
                 raise
             return  # no room to wait in: it is read when it is placed
         if coming.placed:
+            if coming.placed.join:
+                coming.placed.join()
+                coming.placed.join = None
             self._placed.append(coming.placed)
 
     def _warm(self, name: str) -> None:

@@ -79,24 +79,38 @@ class Ranks:
         mesh, ranks = self.mesh, range(self.mesh.world)
         branch, ring, ulysses = mesh.place(self.team.rank)
         self.branch = branch
-        self._pair = _group([[a, a + mesh.sequence] for a in range(mesh.sequence)] if mesh.guidance == 2 else [])
+        self._groups: dict[tuple[int, ...], Any] = {}
+        self._pair = self._group([[a, a + mesh.sequence] for a in range(mesh.sequence)] if mesh.guidance == 2 else [])
         by_ring = [[rank for rank in ranks if mesh.place(rank)[::2] == (b, u)]
                    for b in range(mesh.guidance) for u in range(mesh.ulysses)]  # fmt: skip
         by_ulysses = [[rank for rank in ranks if mesh.place(rank)[:2] == (b, r)]
                       for b in range(mesh.guidance) for r in range(mesh.ring)]  # fmt: skip
         by_branch = [[rank for rank in ranks if mesh.place(rank)[0] == b] for b in range(mesh.guidance)]
-        ulysses_group = _group(by_ulysses)
-        self._guided = Layout(mesh.ring, mesh.ulysses, ring * mesh.ulysses + ulysses, _group(by_ring), ulysses_group,
-                              _group(by_branch))  # fmt: skip
+        ulysses_group = self._group(by_ulysses)
+        ring_group, branch_group = self._group(by_ring), self._group(by_branch)
+        order = ring * mesh.ulysses + ulysses
+        self._guided = Layout(mesh.ring, mesh.ulysses, order, ring_group, ulysses_group, branch_group)
         self._alone = self._guided
         if mesh.guidance == 2:
             # A step without guidance has one branch, and all share its tokens: the branches' axis prolongs the ring.
             along = [[rank for rank in ranks if mesh.place(rank)[2] == u] for u in range(mesh.ulysses)]
-            self._alone = Layout(2 * mesh.ring, mesh.ulysses, self.team.rank, _group(along), ulysses_group,
-                                 _group([list(ranks)]))  # fmt: skip
+            self._alone = Layout(2 * mesh.ring, mesh.ulysses, self.team.rank, self._group(along), ulysses_group,
+                                 self._group([list(ranks)]))  # fmt: skip
         self.layout = self._guided
         self._lengths: list[int] = []  # of every rank's tokens, in the sequence at work
         self._plain = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def _group(self, lists: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+        """A process group of each list of ranks; this rank's own. Every rank makes all of them, in the same order, and
+        none twice: each takes memory of a GPU."""
+        mine = None
+        for ranks in map(tuple, lists):
+            if len(ranks) > 1:
+                if ranks not in self._groups:
+                    self._groups[ranks] = dist.new_group(list(ranks), timeout=PATIENCE)
+                if self.team.rank in ranks:
+                    mine = self._groups[ranks]
+        return mine
 
     @classmethod
     def of(cls, team: Team, mesh: Mesh, placement: Placement) -> Self:
@@ -326,17 +340,6 @@ def head_parts(heads: int, ranks: int, count: int) -> list[list[slice]]:
             part.append(slice(start, start + width))
             start += width
     return parts
-
-
-def _group(lists: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
-    """A process group of each list of ranks; this rank's own. Every rank makes all of them, in the same order."""
-    mine = None
-    for ranks in lists:
-        if len(ranks) > 1:
-            group = dist.new_group(list(ranks), timeout=PATIENCE)
-            if dist.get_rank() in ranks:
-                mine = group
-    return mine
 
 
 # --- coming together -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ The arithmetic is sizes.py's and vae_sizes.py's; here are the placements side by
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wan22.config import (
     GPU_RESERVE,
@@ -36,10 +36,8 @@ from wan22.sizes import (
 )
 from wan22.vae_sizes import Grid, decode_terms, finer, rank_grid
 
-if TYPE_CHECKING:
-    from wan22.checkpoint import Checkpoint
-
 HOST_BASE = {"cpu": 1 << 30, "cuda": 3 << 30}  # Python with its libraries, and the driver's part; to be measured
+COMMUNICATORS = 1 << 30  # NCCL's, one for each axis that messages go along; to be measured
 SMALLER = ((1280, 720, 49), (832, 480, 81), (832, 480, 33), (480, 272, 33), (256, 256, 17))  # to be proposed
 
 
@@ -108,6 +106,8 @@ def make_plan(
         moments["embedding"] = {"all tokens": 4 * tokens_of(request) * sizes.dim, "residual": residual}
     moment = max(moments, key=lambda name: total(moments[name]))
     activations = lasting_terms(request, sizes, item) | {f"{moment}: {name}": n for name, n in moments[moment].items()}
+    if shares.world > 1 and gpu:
+        activations["communicators"] = COMMUNICATORS
     budget = None
     if gpu:
         budget = min(gpu.free, placement.gpu_memory_limit or gpu.free) - GPU_RESERVE
@@ -202,20 +202,27 @@ def require_any(
         return require(request, precision, placement, sizes, gpu, host, replace(shares, shards=shares.world)), True
 
 
-def spread(request: Request, placement: Placement, checkpoint: "Checkpoint", team: Team) -> tuple[Mesh, Shares]:
+def require_gpus(placement: Placement, team: Team) -> None:
+    """As many as `--gpus` asks for, before that many processes are started. Raises RequestError."""
+    world = placement.gpus or 1
+    if world == 1 or placement.device == "cpu" or team.world > 1:
+        return
+    there = next((n for n in range(world) if not gpu_memory(f"cuda:{n}")), world)
+    if there < world and (there or placement.device == "cuda"):  # without any, the device is the CPU
+        raise RequestError(f"--gpus {world}: there {'is' if there == 1 else 'are'} {there} here")
+
+
+def spread(
+    request: Request, placement: Placement, sizes: Sizes, team: Team = Team()  # noqa: B008 (frozen)
+) -> tuple[Mesh, Shares]:
     """How a request is spread over the processes that there are, or that `--gpus` asks for, and what each has of it.
     Raises RequestError for what cannot work."""
     world = placement.gpus or team.world
     if world == 1:
         return Mesh(), Shares()
-    if placement.device != "cpu" and team.world == 1:
-        there = next((n for n in range(world) if not gpu_memory(f"cuda:{n}")), world)
-        if there < world and (there or placement.device == "cuda"):
-            raise RequestError(f"--gpus {world}: there {'is' if there == 1 else 'are'} {there} here")
-    heads = next(iter(checkpoint.experts.values())).config["num_heads"]
     guided = [request.guidance_high, request.guidance_low, request.guidance_lead if request.lead_steps else 1]
     local = team.local_world if team.world > 1 else world
-    mesh = choose_mesh(world, local, heads, tokens_of(request), any(guidance != 1 for guidance in guided),
+    mesh = choose_mesh(world, local, sizes.num_heads, tokens_of(request), any(guidance != 1 for guidance in guided),
                        placement.ulysses_size, placement.ring_size)  # fmt: skip
     experts, text = (world if sharded else 1 for sharded in (placement.dit_fsdp, placement.t5_fsdp))
     return mesh, Shares(world, mesh.sequence, experts, text, local)

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,7 @@ from wan22.lora import Merge
 from wan22.memory import Memory
 from wan22.model import WanTransformer
 from wan22.pack import PACKED
+from wan22.parallel import all_gather
 
 _PACKED = re.compile(rf"(.*\.)({'|'.join(PACKED.values())})\.(weight|bias)")
 Fill = Callable[[Callable[[], bool]], None]
@@ -73,6 +74,29 @@ def shard_expert(model: WanTransformer, attention: str, memory: Memory, world: i
         whole = functools.partial(_with_weights, weakref.ref(block), weakref.ref(attention_))
         setattr(attention_, "keys_values", whole)  # noqa: B010
     return _own_parts(model, mesh, memory)
+
+
+class Copies:
+    """A whole copy on every rank, of which each reads a part and has the rest from the others: every byte comes from
+    the files once. Whole rows, which may have scales and packed blocks of their own; what does not divide all read."""
+
+    def __init__(self, expert: Expert, state: Mapping[str, Tensor], rank: int, world: int) -> None:
+        self._expert, self._state = expert, state
+        self._own, self._begins = dict(state), {}
+        for name, tensor in state.items():
+            if len(tensor) % world == 0:
+                self._own[name] = tensor.chunk(world)[rank]
+                self._begins[name] = rank * self._own[name].numel()
+
+    def read(self) -> None:
+        """This rank's part; in any thread."""
+        read_state(self._expert, self._own, (), self._begins)
+
+    def join(self) -> None:
+        """The others' parts; every rank calls it at once, with the same tensors."""
+        for name in self._begins:
+            part = self._own[name]
+            all_gather(self._state[name], part if part.is_cuda else part.clone())  # in place, where that is allowed
 
 
 def shard_text_encoder(model: nn.Module, layers: Sequence[nn.Module], memory: Memory, world: int) -> "Parts":

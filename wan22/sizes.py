@@ -36,6 +36,7 @@ class Sizes:
     text_heads: int
     vae_width: int
     files: int
+    num_heads: int
     text_len: int = 512
 
     @classmethod
@@ -43,17 +44,19 @@ class Sizes:
         """Those of Wan2.2-T2V-A14B, from its names, shapes and manifest."""
         folder = configs_dir() / "Wan2.2-T2V-A14B"
         shapes = json.loads((folder / "tensors.json").read_text())
+        config = json.loads((folder / "high_noise_model" / "config.json").read_text())
         files = {file["path"]: file["size"] for file in json.loads((folder / "manifest.json").read_text())["files"]}
         text = next(size for path, size in files.items() if path.startswith("models_t5")) // ITEM["bf16"]
         # The text encoder's and the VAE's shapes are no part of the package: UMT5-XXL's own, and the VAE's width.
         return cls(**_expert_sizes(shapes), text_encoder=text, text_embedding=256384 * 4096, text_heads=64,
-                   vae_width=96, files=sum(files.values()))  # fmt: skip
+                   vae_width=96, files=sum(files.values()), num_heads=config["num_heads"])  # fmt: skip
 
     @classmethod
     def of(cls, checkpoint: "Checkpoint") -> Self:
         """Those of an opened checkpoint. A pickle is not opened for it, which takes torch: its text encoder is taken
         for bf16, as published, and its VAE for the published width."""
-        expert = next(iter(checkpoint.experts.values())).tensors
+        first = next(iter(checkpoint.experts.values()))
+        expert = first.tensors
         parts = [*(expert.tensors for expert in checkpoint.experts.values()), checkpoint.text_encoder, checkpoint.vae]
         files = sum(path.stat().st_size for part in parts for path in part.files)
         text, vae = checkpoint.text_encoder, checkpoint.vae
@@ -68,7 +71,7 @@ class Sizes:
         pickled = vae.path.suffix in (".pth", ".pt", ".bin")
         width = published.vae_width if pickled else vae.shapes.get("encoder.conv1.weight", (published.vae_width,))[0]
         return cls(**_expert_sizes(expert.shapes), text_encoder=elements, text_embedding=embedding, text_heads=heads,
-                   vae_width=width, files=files)  # fmt: skip
+                   vae_width=width, files=files, num_heads=first.config["num_heads"])  # fmt: skip
 
     def rest_bytes(self, item: int) -> int:
         return 4 * self.rest[0] + item * self.rest[1]
