@@ -118,7 +118,7 @@ def test_killed(run, whole, tmp_path, place, rank):
     assert (code, out) == (1, "")
     assert err.count("error:") == 1
     assert f"error: rank {rank} was killed by SIGKILL\n" in err
-    assert seconds < 20
+    assert seconds < 30
     assert not (tmp_path / "v.mp4").exists()
     done = PLACES[place][1]
     # The state is written beside the next step: who is killed in that may have got no further than the last.
@@ -145,7 +145,7 @@ def test_an_error_of_one_is_told_once(run, whole, tmp_path, act, code, said):
     assert (found, out, err.count("error:")) == (code, "", 1)
     assert said in err
     assert "kept in v.state.safetensors: step 1 of 4; the same command goes on" in err
-    assert seconds < 20
+    assert seconds < 30
     goes_on(run, whole, tmp_path, {1}, count=2)
 
 
@@ -160,7 +160,7 @@ def test_hanging(run, whole, tmp_path, monkeypatch, place, act, said):
     code, _, err, seconds = run("--output", "v.mp4", fault=one(1, place, act))
     assert (code, err.count("error:")) == (1, 1)
     assert f"error: {said}" in err
-    assert seconds < 20
+    assert seconds < 30
     assert (tmp_path / "v.state.safetensors").exists()
 
 
@@ -188,7 +188,7 @@ def test_interrupted(run, tmp_path, number):
     code, _, err, seconds = run("--output", "v.mp4", "--sample_steps", "40", fault=ask)
     assert code == 128 + number
     assert ("error" in err, err.count("kept in v.state.safetensors")) == (False, 1)
-    assert seconds < 20
+    assert seconds < 30
 
 
 # --- at the command line ---------------------------------------------------------------------------------------------

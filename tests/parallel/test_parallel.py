@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from together import CPU, run
 
 from wan22 import reading
-from wan22.checkpoint import find_checkpoint, open_checkpoint
+from wan22.checkpoint import Expert, find_checkpoint, open_checkpoint
 from wan22.config import Placement, Precision, Request, RequestError, Residency
 from wan22.experts import Experts
 from wan22.launch import Team
@@ -19,10 +20,13 @@ from wan22.load import load_expert
 from wan22.lora import Adapters
 from wan22.memory import Memory
 from wan22.mesh import Mesh, shares
+from wan22.model import TransformerConfig, WanTransformer
 from wan22.parallel import Ranks, head_parts
 from wan22.pipeline import Pipeline
 from wan22.report import Reporter
 from wan22.sampling import evaluate
+from wan22.sharding import sharded_expert
+from wan22.tensor_files import Safetensors
 from wan22.text_encoder import TextEncoder
 from wan22.vae import VideoVAE, to_uint8
 from wan22.vae_parallel import decode_together
@@ -115,6 +119,29 @@ def test_one_velocity(world, sharded, overlapped):
     for mesh, shape, guided, largest, _ in results[0]:
         print(f"{Mesh(*mesh)}; {shape}, {'guided' if guided else 'one branch'}: largest difference {largest:.1e}")
         assert largest < 3e-5
+
+
+def _in_bf16(rank, world, mesh):
+    checkpoint, found = open_checkpoint(TINY), []
+    alone = load_expert(checkpoint.experts[HIGH], torch.bfloat16, CPU)
+    for sharded in (False, True):
+        ranks = make_ranks(rank, world, mesh, 2, sharded)
+        adapters = Adapters(checkpoint.experts[HIGH].tensors.shapes, [], TINY)
+        experts = Experts(checkpoint, torch.bfloat16, CPU, adapters, [Residency("expert")], Memory(CPU))
+        experts.ranks = ranks
+        model = experts.get(HIGH)
+        both = [velocities(how, at, LATENTS[0], True) for how, at in ((ranks.evaluate, model), (evaluate, alone))]
+        pairs = zip(*both, strict=True)
+        found.append(max((ours - expected).norm() / expected.norm() for ours, expected in pairs).item())
+        kinds = {parameter.dtype for parameter in model.parameters()}
+        assert kinds == {torch.bfloat16, torch.float32}  # of a block together: gathered as they are, in one message
+    return found
+
+
+def test_blocks_of_two_dtypes():
+    """As on a GPU: products in bf16, the rest in float32. What rounds is another height of the products alone."""
+    for found in run(2, _in_bf16, (1, 1, 2)):
+        assert max(found) < 1e-2
 
 
 def test_a_rank_that_does_not_exchange_is_told():
@@ -264,6 +291,47 @@ def test_copies_take_no_memory_of_the_host(world):
     odd = sum(size for name, size in tensors.sizes.items() if tensors.shapes[name][0] % world)
     assert [read for read, *_ in results] == [odd + (whole - odd) // world] * world
     print(f"of {whole:,} bytes each of {world} reads {results[0][0]:,}")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """An expert of 138 MB: more than what Python and torch take by the way."""
+    config = TransformerConfig(dim=512, ffn_dim=2048, num_heads=4, num_layers=8, text_dim=64)
+    model = WanTransformer(config)
+    model.init_weights()
+    file = tmp_path_factory.mktemp("large") / "expert.safetensors"
+    save_file(model.state_dict(), file)
+    return Expert(HIGH, Safetensors(file), dataclasses.asdict(config))
+
+
+def _host_memory():
+    """Bytes of this process's memory now, and the most since this was last asked."""
+    with open("/proc/self/status") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    now, most = (int(lines[name].split()[0]) << 10 for name in ("VmRSS", "VmHWM"))
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # proc(5): the peak begins anew
+    return now, most
+
+
+def _grown(rank, world, expert):
+    """The most that this rank's memory grew by, while an expert was loaded."""
+    ranks = make_ranks(rank, world, (1, 1, world), 1, True)
+    make_experts(open_checkpoint(TINY), ranks).get(HIGH)  # what torch imports and keeps with the first
+    before = _host_memory()[0]
+    _, fill = sharded_expert(expert, torch.float32, "torch", (), Memory(CPU), world)
+    fill(lambda: False)
+    return _host_memory()[1] - before
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells it")
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_ranks_together_hold_one_copy(large, world):
+    """As the system counts it, at the peak; a rank has a few buffers beside."""
+    whole, grown = sum(large.tensors.sizes.values()), run(world, _grown, large)
+    print(f"{[f'{n >> 20} MiB' for n in grown]}, all {sum(grown) / whole:.2f} of {whole >> 20} MiB")
+    assert whole > 100 << 20
+    assert sum(grown) < whole + world * (40 << 20)
 
 
 def _encoded(rank, world, ids):
