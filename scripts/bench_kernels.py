@@ -28,7 +28,16 @@ import torch
 from torch import Tensor
 
 from wan22.attention import BACKENDS, Attend, Shape, reference, relative_error
-from wan22.kernels import attention_8bit, dispatch, gelu, gelu_quantize, norm_modulate, qk_norm_rope, rms_norm
+from wan22.kernels import (
+    attention_8bit,
+    dispatch,
+    gelu,
+    gelu_quantize,
+    norm_modulate,
+    qk_norm_rope,
+    quantize_rows,
+    rms_norm,
+)
 from wan22.kernels.gated_residual import gated_residual, gated_residual_norm, gated_residual_norm_modulate
 
 EPS = 1e-6
@@ -87,6 +96,11 @@ def fused(
     h = draw(1, length, ffn)
     yield "gelu", 4 * hidden, lambda: gelu(h)
     yield "gelu_quantize", 3 * hidden, lambda: gelu_quantize(h)
+    for dtype, kind in ((torch.float8_e4m3fn, "fp8"), (torch.int8, "int8")):
+        yield f"quantize_rows, {kind}", 3 * tokens, partial(quantize_rows, y, dtype)
+        yield f"norm_modulate, {kind}", 5 * tokens, partial(norm_modulate, x, vector[0], vector[1], EPS, dtype)
+        yield f"gated_residual_norm, {kind}", 11 * tokens, partial(
+            gated_residual_norm, x, y, vector[0], weight, weight, EPS, dtype)  # fmt: skip
 
 
 def bench_fused(clock: Clock, sizes: dict[str, int], bandwidth: float, modes: list[tuple[str, int]]) -> Iterator[Row]:
@@ -121,28 +135,37 @@ def bench_products(clock: Clock, length: int, heads: int, head_dim: int, ffn: in
         yield {"kind": "product", "name": name, "seconds": seconds, "tflops": flops * length / seconds / 1e12}
 
 
+# Two programs of 64 queries on a multiprocessor let one's softmax run beside the other's products; one of 128 reads the
+# keys half as often.
+FORMS = [
+    attention_8bit.Form(queries, keys, warps, stages)
+    for queries, warps in ((64, 4), (128, 4), (128, 8)) for keys in (64, 128) for stages in (2, 3, 4)
+]  # fmt: skip
+
+
 def attentions(sweep: bool) -> Iterator[tuple[str, Callable[[], Attend]]]:
     """(name, how to come by it): every backend, ours in all its forms, and FlashAttention 3's FP8, plain and smoothed
     around."""
     for name, backend in BACKENDS.items():
-        if name not in ("int8", "math"):
+        if name not in ("int8", "int8-bf16", "math"):
             yield name, backend.find
 
-    def ours(pv: str, keys: int, options: dict[str, int]) -> Attend:
+    def ours(pv: str, form: attention_8bit.Form | None) -> Attend:
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            attention_8bit.BLOCK_KEYS, attention_8bit.OPTIONS = keys, options
+            attention_8bit.FORM = form
             return attention_8bit.attend_8bit(q, k, v, pv)
 
         return run
 
-    usual = (attention_8bit.BLOCK_KEYS, attention_8bit.OPTIONS)
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     for pv in attention_8bit.PV:
-        yield f"int8 scores, {pv}", partial(ours, pv, *usual)
-        for keys in (64, 128) if sweep else ():
-            for warps, stages in ((4, 3), (8, 2), (8, 3), (8, 4)):
-                options = {"num_warps": warps, "num_stages": stages}
-                name = f"int8 scores, {pv}, {keys} keys, {warps} warps, {stages} stages"
-                yield name, partial(ours, pv, keys, options)
+        yield f"int8 scores, {pv}", partial(ours, pv, None)
+        for keys in (128, 64) if pv == "bf16" and hopper else ():
+            form = attention_8bit.Form(keys=keys, hopper=True)
+            yield f"int8 scores, bf16, Hopper's own, {keys} keys", partial(ours, pv, form)
+        for form in FORMS if sweep else ():
+            said = f"{form.queries} queries, {form.keys} keys, {form.warps} warps, {form.stages} stages"
+            yield f"int8 scores, {pv}, {said}", partial(ours, pv, form)
 
     def fa3() -> Any:
         from fa3_fwd_interface import flash_attn_func
@@ -183,7 +206,8 @@ def bench_attention(clock: Clock, shape: Shape, sweep: bool) -> Iterator[Row]:
             out = function(q, k, v)
             seconds = clock(partial(function, q, k, v), repeats=min(clock.repeats, 5))
             error = relative_error(out[:, rows], expected)
-            row |= {"seconds": seconds, "tflops": flops / seconds / 1e12, "error": error}
+            cosine = torch.cosine_similarity(out[:, rows].flatten().double(), expected.flatten().double(), dim=0).item()
+            row |= {"seconds": seconds, "tflops": flops / seconds / 1e12, "error": error, "cosine": cosine}
         except Exception as why:  # absent, or not for this device
             row["absent"] = " ".join(str(why).split())[:80]
         yield row
@@ -203,7 +227,8 @@ def as_text(row: Row) -> str:
     text += f" {1e3 * row['seconds']:>8.2f} ms"
     if "floor" in row:
         return text + f"  floor {1e3 * row['floor']:6.2f} ms  {row['of_floor']:4.0%} of it"
-    return text + f"  {row['tflops']:6.0f} TFLOP/s" + (f"  error {row['error']:.2%}" if "error" in row else "")
+    return text + f"  {row['tflops']:6.0f} TFLOP/s" + (
+        f"  error {row['error']:.2%}, cosine {row['cosine']:.5f}" if "error" in row else "")
 
 
 @torch.inference_mode()

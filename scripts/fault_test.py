@@ -161,7 +161,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=25)
     parser.add_argument("--batches", type=int, default=0)
-    parser.add_argument("--ckpt_dir", default=str(ROOT / "tests" / "golden" / "tiny-T2V-A14B"))
+    tiny = str(ROOT / "tests" / "golden" / "tiny-T2V-A14B")
+    parser.add_argument("--model", "--ckpt_dir", default=tiny, help="a folder, or a name that --model takes")
     parser.add_argument("--size", default="64x64")
     parser.add_argument("--frames", default="9")
     parser.add_argument("--steps", default="24")
@@ -169,7 +170,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--random", type=int, default=None, help="a seed for the moments")
     options = parser.parse_args(argv)
     random.seed(options.random)
-    options.common = ["--ckpt_dir", os.path.abspath(options.ckpt_dir), "--size", options.size,
+    model = os.path.abspath(options.model) if os.path.isdir(options.model) else options.model
+    options.common = ["--model", model, "--size", options.size,
                       "--frames", options.frames, "--steps", options.steps,
                       "--save-every", str(options.save_every), "--json"]  # fmt: skip
     options.command = ["generate", "--prompt", PROMPT, *options.common]

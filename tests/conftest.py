@@ -14,6 +14,7 @@ TINY = GOLDEN / "tiny-T2V-A14B"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes; several processes share the cores
 os.environ.pop("WAN22_CKPT_DIR", None)
+os.environ["WAN22_PROMPT_CACHE"] = "off"  # nor what earlier runs have kept
 # Without a GPU, Triton's kernels run in its interpreter. Triton looks here when a kernel is defined.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -8,7 +8,9 @@ import torch
 
 from wan22 import attention
 from wan22.attention import BACKENDS, Backend, Shape, attend, choose, find, probe_inputs, reference, relative_error
+from wan22.capability import resolve
 from wan22.config import ATTENTIONS, Precision, RequestError
+from wan22.kernels.attention_8bit import attend_8bit_plain
 
 CPU = torch.device("cpu")
 SHAPE = Shape(length=300, heads=2, head_dim=16)
@@ -20,8 +22,8 @@ def add(monkeypatch, **functions):
 
 
 def test_names():
-    """What a Precision may say is a backend; ours in 8 bits has first to be measured on a GPU."""
-    assert set(BACKENDS) - {"int8"} == set(ATTENTIONS) - {"auto"}
+    """What a Precision may say is a backend."""
+    assert set(BACKENDS) == set(ATTENTIONS) - {"auto"}
     with pytest.raises(RequestError, match="--attention fast: unknown"):
         Precision(attention="fast")
     assert Precision().resolve("cpu").attention == "torch"
@@ -131,6 +133,21 @@ def test_auto_takes_the_fastest_that_is_right(monkeypatch):
     assert attention.fastest(SHAPE, CPU, torch.float32) == "flash"
     add(monkeypatch, flash=absent, cudnn=absent)
     assert attention.fastest(SHAPE, CPU, torch.float32) == "torch"
+
+
+def test_auto_is_never_an_approximation():
+    assert {name for name, backend in BACKENDS.items() if not backend.exact} == {"sage", "int8", "int8-bf16"}
+    assert not any(backend.auto for backend in BACKENDS.values() if not backend.exact)
+    for device, capability in (("cpu", None), ("cuda", (8, 0)), ("cuda", (9, 0))):
+        resolved = resolve(Precision(), device, capability)
+        assert (resolved.weights in ("float32", "bf16"), resolved.scope, resolved.step_cache) == (True, None, 0)
+
+
+def test_ours_in_8_bits_can_be_asked_for():
+    q, k, v = (torch.randn(1, 64, 2, 32) for _ in range(3))
+    for name, pv in (("int8", "int8"), ("int8-bf16", "bf16")):
+        assert torch.equal(find(name)(q, k, v), attend_8bit_plain(q, k, v, pv))
+        assert choose(name, SHAPE, CPU, torch.float32) == name
 
 
 def test_approximations_leave_cross_attention_exact(monkeypatch):

@@ -10,6 +10,7 @@ from conftest import TINY
 
 from wan22 import load
 from wan22.cli import main
+from wan22.config import WEIGHTS
 
 SMALL = ["--size", "64x64", "--frames", "5", "--steps", "1", "--prompt", "a red ball"]
 
@@ -295,4 +296,4 @@ def test_preset_with_unknown_key(capsys, elsewhere):
 
 
 def test_every_weight_dtype_is_known():
-    assert set(load.DTYPES) == {"float32", "bf16"}
+    assert {"auto", *load.DTYPES} == set(WEIGHTS)

@@ -1,24 +1,31 @@
 """Many requests: what a batch file may say, and that every good item is made exactly once whatever dies."""
 
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, TINY
 
-from wan22 import batch, cli, journal
+from wan22 import batch, cli, cli_many, journal
+from wan22.batch_local import LocalEngine
+from wan22.batch_worker import Work
 from wan22.config import Request, RequestError
 from wan22.items import parse_seeds, read_items, split_line
 from wan22.options import Base
 from wan22.record import read_record
 
 BASE = Base({}, {}, {})
+PARSE = functools.partial(cli_many.parse_line, cli.typer.main.get_command(cli.app))
 SMALL = ["--ckpt_dir", str(TINY), "--size", "64x48", "--frames", "5", "--steps", "2"]
 
 
@@ -36,7 +43,7 @@ def given(*words):
 
 
 def read(path, *words, seeds=(), repeat=1, tiny=None):
-    return read_items(path, given(*words), BASE, tiny, cli.parse_line, seeds=list(seeds), repeat=repeat)
+    return read_items(path, given(*words), BASE, tiny, PARSE, seeds=list(seeds), repeat=repeat)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -143,10 +150,14 @@ def jobs_of(path, *words):
     flags = given(*SMALL, *words)
     from wan22.options import read_checkpoint
 
-    items, bad = read_items(path, flags, BASE, read_checkpoint(flags, BASE, "t2v-A14B"), cli.parse_line, seeds=[],
+    items, bad = read_items(path, flags, BASE, read_checkpoint(flags, BASE, "t2v-A14B"), PARSE, seeds=[],
                             repeat=1)  # fmt: skip
     jobs, bad = batch.plan_jobs(items, bad, flags, BASE)
     return flags, jobs, bad
+
+
+def local(flags, folder):
+    return LocalEngine(["cpu"], Work(flags, BASE, folder))
 
 
 def test_a_batch(tmp_path, monkeypatch, capsys):
@@ -196,7 +207,7 @@ def test_two_batches_share_a_folder_and_a_worker_is_killed(tmp_path):
                 killed.append(one.workers[0].process.pid)
                 os.kill(killed[0], signal.SIGKILL)
 
-        one = batch.Batch(jobs, tmp_path / "out", ["cpu"], flags, BASE, tell)
+        one = batch.Batch(jobs, tmp_path / "out", local(flags, tmp_path / "out"), tell)
         results[who] = one.run(bad)
 
     threads = [threading.Thread(target=run, args=(who,)) for who in ("first", "second")]
@@ -223,12 +234,72 @@ def test_an_item_that_kills_workers_is_set_aside(tmp_path):
             os.kill(data["worker"], signal.SIGKILL)
 
     outcomes = {one.name.split("-")[0]: one for one in
-                batch.Batch(jobs, tmp_path / "out", ["cpu"], flags, BASE, tell).run(bad)}  # fmt: skip
+                batch.Batch(jobs, tmp_path / "out", local(flags, tmp_path / "out"), tell).run(bad)}  # fmt: skip
     assert (outcomes["poison"].what, outcomes["good"].what) == ("failed", "done")
     assert "workers died" in outcomes["poison"].error
     assert "1 made, 1 failed" in batch.table(list(outcomes.values()))
     found = journal.status(tmp_path / "out")
     assert [len(found[part]) for part in ("done", "running", "failed", "waiting")] == [1, 0, 1, 0]
+
+
+class Scripted:
+    """An engine of one worker that answers an item as told."""
+
+    devices, run = ["cpu"], "a run"
+
+    def __init__(self, *answers):
+        self.answers, self.given, self.ready, self.job, self.who = list(answers), [], True, None, 1
+
+    def start(self, place, ahead):
+        return self
+
+    def wait(self, workers, seconds):
+        time.sleep(0.005)
+        return workers
+
+    def give(self, name, request):
+        self.given.append((time.monotonic(), name.split("-")[0]))
+
+    def hear(self):
+        if self.job:
+            yield self.answers.pop(0)
+
+    def death(self):
+        return None
+
+    guilty = trouble = terminate = stop = close = death
+
+
+FULL = ("failed", {"error": "v.mp4: the disk is full", "may_pass": True, "full": True})
+FAILED = ("failed", {"error": "no luck", "may_pass": True, "full": False})
+DONE = ("done", {"seconds": 1.0})
+
+
+def test_a_full_disk_is_waited_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "PAUSE", 0.1)
+    (tmp_path / "p.txt").write_text("a\nb\nc")
+    _, jobs, bad = jobs_of(tmp_path / "p.txt")
+    told = []
+    engine = Scripted(FULL, FULL, DONE, FAILED, DONE, DONE)
+    outcomes = batch.Batch(jobs, tmp_path / "out", engine, lambda event, **_: told.append(event)).run(bad)
+    assert [one.what for one in outcomes] == ["done"] * 3
+    # The same item after each pause; what fails for another reason comes last.
+    assert "".join(name for _, name in engine.given) == "aaabcb"
+    times = [at for at, _ in engine.given]
+    assert times[1] - times[0] >= 0.1
+    assert times[2] - times[1] >= 0.2
+    assert (told.count("waiting"), told.count("retry")) == (2, 1)
+
+
+def test_patience_with_a_full_disk_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "PAUSE", 0.02)
+    monkeypatch.setattr(batch, "PATIENCE", 0.05)
+    (tmp_path / "p.txt").write_text("a")
+    _, jobs, bad = jobs_of(tmp_path / "p.txt")
+    engine = Scripted(*[FULL] * 9)
+    outcomes = batch.Batch(jobs, tmp_path / "out", engine, lambda event, **_: None).run(bad)
+    assert [one.what for one in outcomes] == ["failed"]
+    assert len(engine.given) == 4
 
 
 def test_changes():
@@ -288,6 +359,64 @@ def test_slurm_array_sh(tmp_path):
     assert (tmp_path / "calls").read_text().splitlines()[2:] == ["kept", "scontrol requeue 10_2"]
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="there is no shellcheck here")
+def beside_python(name):
+    """A program that pip has put beside the Python at work, or that is on the path; None where there is none."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
+@pytest.mark.skipif(beside_python("shellcheck") is None, reason="there is no shellcheck here")
 def test_scripts_are_clean():
-    subprocess.run(["shellcheck", SCRIPTS / "batch.sh", SCRIPTS / "slurm_array.sh"], check=True)
+    """All there are, and what the task for the cloud runs."""
+    scripts = [*SCRIPTS.rglob("*.sh"), ROOT / ".ci" / "run"]
+    assert len(scripts) >= 4
+    subprocess.run([beside_python("shellcheck"), *scripts], check=True)
+    task = yaml.safe_load((SCRIPTS / "cloud" / "sky.yaml").read_text(encoding="utf-8"))
+    for part in ("setup", "run"):
+        script = "".join(f"{name}=x\n" for name in task["envs"]) + task[part]
+        # An option is meant to be several words, and a variable may be meant for the other part.
+        subprocess.run([beside_python("shellcheck"), "--shell=bash", "--exclude=SC2086,SC2034,SC2154", "-"],
+                       input=script, text=True, check=True)  # fmt: skip
+
+
+def test_the_cloud_task_runs(tmp_path):
+    """Its `run`, with folders of this machine: videos in the bucket's place, and passed over the next time."""
+    task = yaml.safe_load((SCRIPTS / "cloud" / "sky.yaml").read_text(encoding="utf-8"))
+    assert list(task["file_mounts"]) == ["/videos"]
+    (tmp_path / "prompts.txt").write_text("a\n")
+    (tmp_path / "wan22").write_text(f'#!/bin/sh\nexec {sys.executable} -m wan22 "$@"\n')
+    (tmp_path / "wan22").chmod(0o755)
+    run = task["run"].replace("/videos", str(tmp_path / "videos")).replace("~/weights", str(TINY))
+    run = run.replace("~/wan22/bin/wan22", str(tmp_path / "wan22"))
+    environment = {**os.environ, **task["envs"], "BATCH": str(tmp_path / "prompts.txt"), "PYTHONPATH": str(ROOT),
+                   "OPTIONS": "--size 64x48 --frames 5 --steps 2"}  # fmt: skip
+    for said in ("1 made", "1 there already"):
+        result = subprocess.run(["bash", "-c", run], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert (result.returncode, said in result.stderr) == (0, True), result.stderr
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
+
+
+def test_openi_py(tmp_path):
+    """With the platform's package faked: a task that was broken off, and the next one that is given its results."""
+    (tmp_path / "c2net").mkdir()
+    (tmp_path / "c2net" / "context.py").write_text(
+        "from types import SimpleNamespace\n"
+        "def prepare():\n"
+        f"    return SimpleNamespace(dataset_path={str(tmp_path / 'data')!r}, output_path={str(tmp_path / 'output')!r},"
+        f" pretrain_model_path={str(TINY.parent)!r})\n"
+        f"def upload_output():\n    open({str(tmp_path / 'uploaded')!r}, 'a').write('x')\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").write_text("a\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, str(SCRIPTS / "cloud" / "openi.py"), "--model", TINY.name, "--added", "by the platform",
+             "--options", "--size 64x48 --frames 5 --steps 2"]  # fmt: skip
+
+    def run(*more):
+        return subprocess.run([*words, *more], env=environment, capture_output=True, text=True, check=False)
+
+    assert run("--batch", "none.txt").returncode == 2
+    result = run("--batch", "mine.txt")
+    assert (result.returncode, "1 made" in result.stderr) == (0, True), result.stderr
+    (tmp_path / "output").rename(tmp_path / "data" / "earlier")
+    assert "1 there already" in run("--batch", "mine.txt").stderr
+    assert len(list((tmp_path / "output" / "videos").glob("*.mp4"))) == 1
+    assert (tmp_path / "uploaded").read_text() == "xx"

@@ -1,6 +1,9 @@
 """Whole commands on the tiny checkpoint, as a user types them."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -41,7 +44,7 @@ def test_generate_show_and_again(capsys, elsewhere):
     record = json.loads(out)
     assert record["request"]["prompt"] == TYPED[-1]
     assert record["request"]["seed"] == 7
-    assert record["precision"] == {"weights": "float32", "attention": "torch"}
+    assert record["precision"] == Precision("float32", "torch").to_dict()
     assert record["versions"]["wan22"] == wan22.__version__
     assert str(ROOT) not in out
 
@@ -104,6 +107,15 @@ def test_crf_codec_and_sidecar(capsys, elsewhere):
     assert (elsewhere / "x.json").read_text() == "mine"
     name = run(capsys, *TYPED, "--seed", "3", "--frames", "1", "--sidecar")[1].strip()
     assert (elsewhere / name.replace(".mp4", ".json")).is_file()
+
+
+def test_the_shell_completes():
+    """What the shell asks, and is answered."""
+    for words, place, answer in (("wan22 gen", "1", "generate"), ("wan22 generate --keep", "2", "--keep-latents")):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "COMP_WORDS": words, "COMP_CWORD": place,
+                       "_WAN22_COMPLETE": "complete_bash"}  # fmt: skip
+        asked = subprocess.run([sys.executable, "-m", "wan22"], env=environment, capture_output=True, text=True)
+        assert asked.stdout.split() == [answer]
 
 
 def test_json_and_dry_run(capsys, elsewhere):
@@ -196,7 +208,7 @@ def test_bf16_weights_and_one_expert_at_a_time(capsys):
     flags = ["--convert_model_dtype", "--offload_model", "True", "--t5_cpu", "--output", "v.mp4"]
     code, _, _ = run(capsys, *TYPED, *flags)
     assert code == 0
-    assert json.loads(run(capsys, "show", "v.mp4")[1])["precision"] == {"weights": "bf16", "attention": "torch"}
+    assert json.loads(run(capsys, "show", "v.mp4")[1])["precision"] == Precision("bf16", "torch").to_dict()
 
 
 def test_presets():

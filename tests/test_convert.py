@@ -1,5 +1,6 @@
 """`wan22 convert`: any layout to one folder, bit for bit what a run needs; whole or not there; `wan22 show`."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import checkpoints as made
 import pytest
@@ -20,7 +22,7 @@ from test_layouts import HIGH, LOW, relative, run, same
 from wan22 import convert as module
 from wan22.checkpoint import Parts, open_checkpoint
 from wan22.cli import main
-from wan22.config import DoesNotFit, RequestError, RunError
+from wan22.config import DoesNotFit, RequestError
 from wan22.contents import describe
 from wan22.convert import convert
 
@@ -218,9 +220,29 @@ def test_one_at_a_time(base, tmp_path, monkeypatch):
 def test_a_full_disk_is_told_first(base, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 1 << 40, 1_234_567))
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(DoesNotFit, match=r"needs [\d,]+ bytes of disk, 1,234,567 are free"):
         converted(base, tmp_path / "weights")
-    assert not (tmp_path / "weights").exists()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_is_read_only(base, tmp_path, monkeypatch, number):
+    def refuse(self, *args, **options):
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(RequestError, match="cannot be written"):
+        converted(base, tmp_path / "weights")
+
+
+def test_a_path_that_leads_back(base):
+    """Through a folder that does not exist, into one that does."""
+    before = digests(base)
+    with pytest.raises(RequestError, match="exists already"):
+        converted(base, base / "nowhere" / ".." / HIGH)
+    assert digests(base) == before
+    assert not (base / "nowhere").exists()
 
 
 def test_a_disk_that_fills(base, tmp_path, small_shards, monkeypatch):
@@ -233,7 +255,7 @@ def test_a_disk_that_fills(base, tmp_path, small_shards, monkeypatch):
     written, write = [], module.write_shard
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_shard", full)
-        with pytest.raises(RunError, match="No space left") as told:
+        with pytest.raises(DoesNotFit, match="No space left") as told:
             converted(base, tmp_path / "weights")
     assert "goes on" in told.value.hint
     assert digests(converted(base, tmp_path / "weights")) == digests(converted(base, tmp_path / "straight"))

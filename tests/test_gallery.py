@@ -84,7 +84,8 @@ def test_the_page(folder):
 
 @pytest.mark.parametrize(
     "request_", [Request("x", seed=1), Request(HOSTILE, guidance_high=2.0, guidance_low=3.0, seed=5, num_steps=7),
-                 Request("-x", width=64, height=48, solver="euler", shift=5.5, lead_steps=2, guidance_lead=1.0)]
+                 Request("-x", width=64, height=48, solver="euler", shift=5.5, lead_steps=2, guidance_lead=1.0,
+                         guidance_start=0.1, guidance_stop=0.75)]
 )  # fmt: skip
 def test_the_command_says_the_request(request_):
     from wan22.batch import changes
@@ -118,3 +119,20 @@ def test_a_browser_shows_it(folder, tmp_path):
     dumped = subprocess.run([*words, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120).stdout
     assert "<title>my videos &amp; more</title>" in dumped
     assert dumped.count("<article") == 4
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+def test_a_phone_shows_it(folder, tmp_path):
+    """At a phone's width: both videos are drawn, and nothing stands out at the side."""
+    words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+             "--hide-scrollbars", "--window-size=390,2400", f"--screenshot={tmp_path / 'page.png'}",
+             "--virtual-time-budget=5000", write_gallery(folder).as_uri()]  # fmt: skip
+    subprocess.run(words, capture_output=True, timeout=120, check=True)
+    with Image.open(tmp_path / "page.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    red = np.abs(pixels - (200, 0, 0)).max(-1) < 30
+    rows = red.mean(1) > 0.5
+    runs = np.diff(np.concatenate([[0], rows.astype(int), [0]]))
+    heights = np.flatnonzero(runs == -1) - np.flatnonzero(runs == 1)
+    assert (heights > 20).sum() >= 2, heights
+    assert np.ptp(pixels[:, -4:], axis=(0, 1)).max() == 0  # the margin is empty all the way down

@@ -221,6 +221,27 @@ def test_gguf(base, experts, expected, tmp_path, kind, most):
         assert same(run(base, "bf16", **flags), run(reference, "bf16"))
 
 
+def hostile_gguf(values=b"", keys=0, name=b"", tensors=0):
+    head = b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + values
+    return head + struct.pack("<Q", len(name)) + name + struct.pack("<IQ", 9, 1) + bytes(64)
+
+
+@pytest.mark.parametrize("content", [
+    hostile_gguf(struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000, keys=1),
+    hostile_gguf(name=b"\x1b[2J\nblocks", tensors=1),
+    hostile_gguf(name=b"a" * 5000, tensors=1),
+    hostile_gguf(tensors=1 << 60),
+    b"GGUF" + bytes(2),
+])  # fmt: skip
+def test_a_hostile_gguf_is_told_in_one_line(capsys, tmp_path, content):
+    (tmp_path / "a.gguf").write_bytes(content)
+    assert main(["show", str(tmp_path / "a.gguf")]) == 2
+    said = capsys.readouterr().err
+    assert "broken GGUF header" in said
+    assert said.count("\n") == 1
+    assert said[:-1].isprintable()
+
+
 def test_gguf_vocabularies_are_skipped(tmp_path):
     """What a umt5 file carries beside its weights: 256,384 tokens, over which the package's own reader takes 48 s."""
     path = tmp_path / "vocabulary.gguf"
@@ -490,6 +511,13 @@ def nvfp4(path, experts):
     return ["--high-noise"], ["'nvfp4'"]
 
 
+def whole_numbers(path, experts):
+    table = {name: tensor.to(torch.int8) if name.endswith("ffn.0.weight") else tensor
+             for name, tensor in experts[HIGH].items()}  # fmt: skip
+    save_file(table, path)
+    return ["--high-noise"], ["blocks.0.ffn.0.weight is of whole numbers (I8)"]
+
+
 def low_by_its_metadata(path, experts):
     made.gguf_file(path, experts[HIGH], "F16", general__name="Wan2.2 T2V A14B LowNoise")
     return ["--high-noise"], ["the low-noise expert", "general.name", "swapped"]
@@ -500,7 +528,7 @@ BAD_PARTS = [
     expert_as_text_encoder, t5, adapter, unknown_tensors, gguf_of_flux, gguf_text_as_expert, gguf_truncated,
     gguf_cut_in_its_header, gguf_of_absurd_counts, gguf_of_an_absurd_array, safetensors_of_an_absurd_header,
     lfs_pointer, pickle_with_code, fp8_without_a_scale, fp8_without_its_new_scale, fp8_scales_without_a_weight,
-    fp8_in_blocks, nvfp4, low_by_its_metadata,
+    fp8_in_blocks, nvfp4, whole_numbers, low_by_its_metadata,
 ]  # fmt: skip
 
 
@@ -677,3 +705,24 @@ def test_the_golden_checkpoint_is_as_published():
     checkpoint = open_checkpoint(TINY)
     assert {layout_of(expert.tensors) for expert in checkpoint.experts.values()} == {"published"}
     assert checkpoint.warnings == []
+
+
+def test_parts_have_the_shapes_that_the_libraries_give_them():
+    """What is checked without building a model is what the models are."""
+    from diffusers import AutoencoderKLWan
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    from wan22.part_shapes import text_encoder_shapes, text_encoder_sizes, vae_shapes
+    from wan22.tensor_names import published_vae_name, text_encoder_name
+
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(base_dim=24, z_dim=8).state_dict()
+        text = UMT5EncoderModel(UMT5Config(vocab_size=30, d_model=16, d_kv=4, num_heads=3, d_ff=20, num_layers=2,
+                                           relative_attention_num_buckets=5)).state_dict()  # fmt: skip
+    assert vae_shapes(24, 8) == {published_vae_name(name): tuple(tensor.shape) for name, tensor in vae.items()}
+    sizes = {"vocab": 30, "width": 16, "ffn": 20, "heads": 3, "layers": 2, "inner": 12, "buckets": 5}
+    shapes = text_encoder_shapes(**sizes)
+    text.pop("encoder.embed_tokens.weight")
+    assert {text_encoder_name(name): shape for name, shape in shapes.items()} == {
+        name: tuple(tensor.shape) for name, tensor in text.items()}  # fmt: skip
+    assert text_encoder_sizes(shapes) == sizes

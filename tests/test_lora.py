@@ -158,7 +158,7 @@ def test_equal_to_diffusers_converters(tiny, tmp_path, shapes, originals, form):
 
 @pytest.mark.parametrize(("form", "peft"), [*((form, {}) for form in CONVERTED), ("diffusers", {"use_rslora": True})])
 def test_equal_to_diffusers_loader(tiny, tmp_path, shapes, originals, form, peft):
-    """The whole of diffusers' loader, where peft is installed: load, fuse, compare."""
+    """The whole of diffusers' loader, which wants peft (in the dev extra): load, fuse, compare."""
     pytest.importorskip("peft")
     from diffusers import WanTransformer3DModel
     from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin

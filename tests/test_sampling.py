@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wan22.config import Request
+from wan22.config import Request, RequestError
 from wan22.sampling import denoise, describe_split, draw_noise, guided_velocity, make_solver, plan_steps
 
 EXPERTS = ("high_noise_model", "low_noise_model")
@@ -27,6 +27,17 @@ def test_euler_is_the_distilled_schedule():
     solver = make_solver(Request("x", num_steps=4, shift=5.0, solver="euler"))
     assert torch.allclose(solver.timesteps, torch.tensor([1000, 937.5, 2500 / 3, 625]))
     assert torch.allclose(solver.sigmas, torch.tensor([1, 0.9375, 2.5 / 3, 0.625, 0]))
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+def test_many_small_steps(solver):
+    """The first timesteps are the same whole number then; none is passed over for it."""
+    request = Request("x", num_steps=200, solver=solver)
+    made, latents = make_solver(request), torch.ones(1, 4, 1, 2, 2)
+    assert solver != "unipc" or made.timesteps[0] == made.timesteps[1]
+    for timestep in made.timesteps:  # the velocity of a straight way from 1 to 0
+        latents = made.step(torch.ones_like(latents), timestep, latents, return_dict=False)[0]
+    assert torch.allclose(latents, 1 - made.sigmas[0].expand_as(latents), atol=1e-3)
 
 
 class CountingModel:
@@ -69,6 +80,18 @@ def test_guidance_is_per_expert_and_free_at_one():
     embeds = [entry for entry in experts.log if entry[1] == "embed"]
     assert embeds == [(EXPERTS[0], "embed")] * 2 + [(EXPERTS[1], "embed")]
     assert [name for what, name in experts.log if what == "get"] == list(EXPERTS)
+
+
+def test_guidance_on_part_of_the_steps():
+    experts, request = CountingExperts(), replace(SMALL, guidance_start=0.1, guidance_stop=0.8)
+    steps = plan_steps(request)
+    assert [step.guidance for step in steps] == [1.0] * 2 + [4.0] * 7 + [3.0] * 7 + [1.0] * 4
+    denoise(request, experts, draw_noise(request, torch.device("cpu")), ONES, TWOS)
+    assert sum(isinstance(what, float) for _, what in experts.log) == 20 + 14
+    assert plan_steps(replace(SMALL, guidance_start=0.0, guidance_stop=1.0)) == plan_steps(SMALL)
+    for start, stop in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)):
+        with pytest.raises(RequestError, match=r"--guidance-st(art|op)"):
+            replace(SMALL, guidance_start=start, guidance_stop=stop)
 
 
 def test_guided_velocity_formula():

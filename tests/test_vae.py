@@ -1,11 +1,15 @@
 """Tiles of the VAE are the whole, to rounding: at odd sizes, at every stage, through time, and after a failure."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from wan22 import vae_sizes
-from wan22.config import RunError
+from wan22.config import RunError, data_dir
 from wan22.sizes import Sizes
+from wan22.tensor_files import Safetensors
 from wan22.vae import VideoVAE, steps_of
 from wan22.vae_sizes import cuts, decode_terms, finer, interval, with_halo
 
@@ -26,6 +30,81 @@ def latents():
 @pytest.fixture(scope="module")
 def whole(vae, latents):
     return list(vae.decode(latents))
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return torch.randn(16, 4, 6, 10, generator=torch.Generator().manual_seed(1))
+
+
+def test_longer_chunks_are_the_same(vae, clip):
+    """Two latent frames at a time, whole and in tiles; the last chunk is a shorter one; and diffusers' own decode."""
+    whole = torch.cat(list(vae.decode(clip)))
+    theirs = vae.model.decode(clip[None] / vae.inverse_std + vae.mean, return_dict=False)[0][0].transpose(0, 1)
+    assert (whole - theirs).abs().max() <= 1e-5
+    try:
+        vae.chunk = 2
+        chunks = list(vae.decode(clip))
+        assert [len(chunk) for chunk in chunks] == [1, 8, 4]
+        assert (torch.cat(chunks) - whole).abs().max() <= 1e-5
+        assert (torch.cat(list(vae.decode(clip, (1, 2)))) - whole).abs().max() <= 1e-4
+    finally:
+        vae.chunk = 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2)])
+def test_everything_lies_as_the_kernel_wants_it(tiny, clip, monkeypatch, dtype, grid):
+    """Else a GPU would run the plain form: right, and slow. The same numbers, whatever the layout."""
+    from wan22 import vae_decoder
+    from wan22.kernels.norm_silu import _rows_of_channels, norm_silu
+
+    seen = []
+    expected = torch.cat(list(VideoVAE(tiny, CPU, dtype).decode(clip, grid)))
+    monkeypatch.setitem(vae_decoder.LAYOUT, "cpu", torch.channels_last_3d)
+
+    def watched(x, gamma, out):
+        seen.append((x.shape[2], _rows_of_channels(x), _rows_of_channels(out)))
+        norm_silu(x, gamma, out)
+
+    monkeypatch.setattr(vae_decoder, "norm_silu", watched)
+    frames = torch.cat(list(VideoVAE(tiny, CPU, dtype).decode(clip, grid)))
+    assert (frames - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.05)
+    assert len(seen) > 80
+    assert all(x and out for _, x, out in seen)
+    assert {frames for frames, _, _ in seen} == ({1, 2, 4} if dtype == torch.float32 else {1, 2, 4, 8})
+
+
+@pytest.mark.parametrize("demo", [False, True])
+def test_bf16(tiny, clip, demo):
+    """PSNR to float32, of a VAE of random numbers and of a trained one."""
+    demo_vae = data_dir("demo") / "Wan2.1_VAE.safetensors"
+    if demo and not demo_vae.exists():
+        pytest.skip("no demo here")
+    checkpoint = replace(tiny, vae=Safetensors(demo_vae)) if demo else tiny
+    exact = torch.cat(list(VideoVAE(checkpoint, CPU).decode(clip)))
+    rounded = torch.cat(list(VideoVAE(checkpoint, CPU, torch.bfloat16).decode(clip)))
+    psnr = 10 * math.log10(4 / (exact - rounded).square().mean().item())
+    print(f"{'demo' if demo else 'tiny'}: PSNR {psnr:.1f} dB")
+    assert rounded.dtype == torch.float32
+    assert 50 <= psnr < 90
+
+
+def test_chunks_get_shorter_first(tiny, clip, monkeypatch):
+    """bf16 decodes two latent frames at a time; where that is too much, one; what is out is not told again."""
+    rounded = VideoVAE(tiny, CPU, torch.bfloat16)
+    whole, local, calls, said = torch.cat(list(rounded.decode(clip))), VideoVAE._local, iter(range(99)), []
+
+    def fails_once(self, *args):
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return local(self, *args)
+
+    monkeypatch.setattr(VideoVAE, "_local", fails_once)
+    chunks = list(rounded.decode(clip, warn=said.append))
+    assert [len(chunk) for chunk in chunks] == [1, 8, 4]
+    assert said == ["out of memory while decoding: going on frame by frame"]
+    assert (torch.cat(chunks) - whole).abs().max() <= 1e-2
 
 
 @pytest.mark.parametrize("grid", [(1, 3), (2, 2)])

@@ -8,6 +8,7 @@ Legend: B batch, L queries, M keys, N heads, D head dim.
 """
 
 import contextlib
+import functools
 import importlib
 import math
 import time
@@ -80,10 +81,13 @@ def _sage() -> Attend:
     return lambda q, k, v: function(q, k, v, tensor_layout="NHD")
 
 
-def _int8() -> Attend:
-    from wan22.kernels.attention_8bit import attend_8bit
+def _int8(pv: str) -> Callable[[], Attend]:
+    def find() -> Attend:
+        from wan22.kernels.attention_8bit import attend_8bit
 
-    return attend_8bit
+        return functools.partial(attend_8bit, pv=pv)
+
+    return find
 
 
 BACKENDS: dict[str, Backend] = {
@@ -96,8 +100,9 @@ BACKENDS: dict[str, Backend] = {
     "fa3": Backend(_flash("fa3_fwd_interface", "flash_attn_interface"), hint="pip install fa3-fwd (Hopper, Ampere)"),
     "fa4": Backend(_flash("flash_attn.cute"), hint="pip install --pre flash-attn-4 (Hopper, Blackwell)"),
     "sage": Backend(_sage, exact=False, auto=False, hint="pip install sageattention"),
-    # Ours; a Precision cannot ask for it before its error and speed are measured on a GPU.
-    "int8": Backend(_int8, exact=False, auto=False),
+    # Ours: INT8 scores; probabilities and values in INT8 too, or in bf16, as Ampere has it (capability.py).
+    "int8": Backend(_int8("int8"), exact=False, auto=False),
+    "int8-bf16": Backend(_int8("bf16"), exact=False, auto=False),
 }
 
 

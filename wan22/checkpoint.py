@@ -171,9 +171,23 @@ class Checkpoint:
             told = {key: value for key, value in expert.config.items() if not key.startswith("_")}
             state.update(json.dumps(told, sort_keys=True).encode() + _digest(expert.tensors))
         state.update(_digest(self.text_encoder) + _digest(self.vae))
-        for path in sorted(path for path in self.tokenizer.iterdir() if path.is_file()):
-            state.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+        _add_tokenizer(state, self.tokenizer)
         return state.hexdigest()
+
+    def text_identity(self) -> str:
+        """The same of what prompts are encoded by alone: text encoder and tokenizer."""
+        state = hashlib.sha256(_digest(self.text_encoder))
+        _add_tokenizer(state, self.tokenizer)
+        return state.hexdigest()
+
+    def vae_identity(self) -> str:
+        """A digest (hex) of what the VAE alone is."""
+        return _digest(self.vae).hex()
+
+
+def _add_tokenizer(state: Any, folder: Path) -> None:
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        state.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
 
 
 def _digest(tensors: TensorSource) -> bytes:

@@ -8,10 +8,10 @@ import weakref
 from collections.abc import Iterable
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from wan22.config import CHUNK_TOKENS
+from wan22.kernels import Rows
 from wan22.model import Block, FeedForward, WanTransformer
 
 
@@ -22,13 +22,16 @@ def chunk_feed_forward(model: WanTransformer, tokens: int = CHUNK_TOKENS) -> Non
         setattr(block.ffn, "forward", functools.partial(_in_chunks, weakref.ref(block.ffn), tokens))  # noqa: B010
 
 
-def _in_chunks(held: "weakref.ref[FeedForward]", tokens: int, x: Tensor) -> Tensor:
+def _in_chunks(held: "weakref.ref[FeedForward]", tokens: int, x: Rows) -> Tensor:
     """x [B, L, E] → [B, L, E]."""
     ffn = held()
     assert ffn is not None
     if x.shape[1] <= tokens:
         return FeedForward.forward(ffn, x)
-    out = torch.empty_like(x)
-    for chunk, place in zip(x.split(tokens, dim=1), out.split(tokens, dim=1), strict=True):
+    first, *rest = x.split(tokens, dim=1)
+    done = FeedForward.forward(ffn, first)
+    out = done.new_empty(x.shape)
+    out[:, :tokens].copy_(done)
+    for chunk, place in zip(rest, out[:, tokens:].split(tokens, dim=1), strict=True):
         place.copy_(FeedForward.forward(ffn, chunk))
     return out

@@ -50,8 +50,12 @@ def take(path: Path) -> Claim | None:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             return None
-        with open(handle, "w") as file:
-            file.write(text)
+        try:
+            with open(handle, "w") as file:
+                file.write(text)
+        except OSError:  # a full disk: an empty claim would keep all others waiting
+            path.unlink(missing_ok=True)
+            raise
     return Claim(path, text)
 
 

@@ -12,19 +12,22 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 import wan22
 import wan22.launch as launching
 import wan22.plan as planning
+from wan22 import cli_bench, cli_many
+from wan22.capability import ADA, PRESETS
 from wan22.checkpoint import Parts, find_checkpoint, open_checkpoint
 from wan22.config import (
     ATTENTIONS,
     CODECS,
     DEFAULT_TASK,
     SOLVERS,
+    WEIGHTS,
     Encoding,
     Placement,
     Precision,
@@ -39,8 +42,10 @@ from wan22.mesh import Mesh, Shares
 from wan22.names import next_free
 from wan22.options import (
     Base,
+    Flags,
     given,
     make_request,
+    normalize,
     read_any_record,
     read_base,
     read_checkpoint,
@@ -48,7 +53,6 @@ from wan22.options import (
     read_placement,
     read_precision,
     read_request,
-    with_options_of,
 )
 from wan22.state import is_finished
 from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
@@ -57,6 +61,7 @@ from wan22.watch import Member, News, announce
 if TYPE_CHECKING:
     from wan22.pipeline import Pipeline
     from wan22.prompt_extend import Extension
+    from wan22.report import Reporter
 
 app = typer.Typer(
     name="wan22",
@@ -68,6 +73,12 @@ app = typer.Typer(
 
 
 LORA = "FILE[:STRENGTH[:LEAD]]"
+# What may be approximated.
+Precise = Annotated[
+    str | None, typer.Option(help=f"{', '.join(PRESETS)}: settings of the flags below, as this card can do them.")
+]
+Dtype = Annotated[str | None, typer.Option(help=f"Weights: {', '.join(WEIGHTS)}; fp8 and int8 approximate.")]
+Scope = Annotated[str | None, typer.Option(help="Of 8-bit products: ffn, or all (default).")]
 # Parts of a checkpoint, for every command that opens one.
 HighNoise = Annotated[
     str | None, typer.Option(metavar="PATH", help="Another high-noise expert: a file or folder in any layout.")
@@ -143,6 +154,10 @@ def generate(
     lora_dir: Annotated[str | None, typer.Option(help="Where to look first for adapters named without a path.")] = None,
     lead_steps: Annotated[int | None, typer.Option(help="First steps with LEAD strengths and --guidance-lead.")] = None,
     guidance_lead: Annotated[float | None, typer.Option(help="Of the lead steps.")] = None,
+    guidance_start: Annotated[
+        float | None, typer.Option(metavar="X", help="No guidance before this fraction of the steps; default: 0.")
+    ] = None,
+    guidance_stop: Annotated[float | None, typer.Option(metavar="X", help="None from this one on; default: 1.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", "--base-seed", help="Default: one is drawn and told.")] = None,
     noise_device: Annotated[str | None, typer.Option(help="cpu, or cuda to draw as the published code does.")] = None,
     output: Annotated[
@@ -151,13 +166,22 @@ def generate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
     save_every: Annotated[float | None, typer.Option(metavar="SECONDS", help="Between savings of the state.")] = None,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Show what it comes to in NAME.preview.webp, until the video is there.")
+    ] = False,
     keep_latents: Annotated[bool, typer.Option("--keep-latents", help="Leave NAME.latents.safetensors too.")] = False,
     sidecar: Annotated[bool, typer.Option("--sidecar", help="Write the file's record to NAME.json too.")] = False,
     crf: Annotated[int | None, typer.Option(help=f"Of an .mp4: 0 (best) to 51; default: {Encoding.crf}.")] = None,
     codec: Annotated[str | None, typer.Option(help=f"Of an .mp4: {', '.join(CODECS)}.")] = None,
     from_file: Annotated[str | None, typer.Option("--from", help="Make the video of this file again.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Weights: auto, bf16, float32.")] = None,
+    precision: Precise = None,
+    dtype: Dtype = None,
+    scope: Scope = None,
     attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTIONS) + ".")] = None,
+    vae_dtype: Annotated[str | None, typer.Option(help="float32 (default, exact), or bf16 (50 dB PSNR).")] = None,
+    step_cache: Annotated[
+        float | None, typer.Option(metavar="X", help="Skip blocks while the first one changes less than this: 0.08.")
+    ] = None,
     convert_model_dtype: Annotated[
         bool, typer.Option("--convert-model-dtype", help="Experts in bf16 (what a GPU does anyway).")
     ] = False,
@@ -168,6 +192,9 @@ def generate(
     gpu_memory_limit: Annotated[str | None, typer.Option(help="GPU memory to make do with: 16GiB.")] = None,
     offload_model: Annotated[str | None, typer.Option(metavar="BOOL", help="True: --offload expert.")] = None,
     t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
+    no_prompt_cache: Annotated[
+        bool, typer.Option("--no-prompt-cache", help="Encode prompts that were encoded before, and keep none.")
+    ] = False,
     gpus: Annotated[
         int | None, typer.Option(metavar="N", help="Processes to start, a GPU each; or torchrun, or srun.")
     ] = None,
@@ -188,27 +215,18 @@ def generate(
     base = read_base(flags)
     settings = read_request(flags, base)
     request = make_request(settings)
-    precision, placement = read_precision(flags, base), read_placement(flags, base)
+    precise, placement = read_precision(flags, base), read_placement(flags, base)
     encoding = read_encoding(flags, base)
     launching.refuse_lonely(placement, team)
-    extension = None
-    if any(flags[name] for name in flags if "prompt_extend" in name):
-        from wan22.prompt_extend import Extension
-
-        if extension := Extension.read(flags):
-            extension.check()
+    extension = read_extension(flags)
     if output and team.rank == 0:
-        # Whole, with its state beside it: a kill came just before the end. The same command tidies up.
-        if_exists: IfExists = "replace" if overwrite or is_finished(Path(output)) else "error"
-        check_writable(output, if_exists=if_exists, encoding=encoding)
-        if sidecar:
-            check_sidecar(output, if_exists=if_exists)
+        check_output(output, overwrite, sidecar, encoding)
     checkpoint = read_checkpoint(flags, base, request.task)
     request = make_request(settings, checkpoint)
     sizes = planning.Sizes.of(checkpoint)
     mesh, shares = planning.spread(request, placement, sizes, team)
     planning.require_gpus(placement, team)
-    planning.require_here(request, precision, placement, sizes, shares)
+    planning.require_here(request, precise, placement, sizes, shares)
     if mesh.world > team.world and not dry_run:
         raise typer.Exit(launching.launch(_running.words, mesh.world))
     from wan22.pipeline import Pipeline
@@ -220,7 +238,7 @@ def generate(
         from wan22.parallel import Ranks
 
         ranks = Ranks.of(team, mesh, placement)
-    pipeline = Pipeline(checkpoint, precision, placement, encoding, ranks)
+    pipeline = Pipeline(checkpoint, precise, placement, encoding, ranks)
     if base.checkpoint and base.checkpoint != pipeline.identity:
         raise RequestError(
             f"--from {from_file}: was made with another checkpoint than {checkpoint.folder}",
@@ -238,25 +256,7 @@ def generate(
         check_writable("video.mp4", if_exists="number", encoding=encoding)
     if extension and team.rank == 0:
         request = extension(request, pipeline.device, reporter)
-    drawn = request.seed is None
-    request, state = pipeline.begin(request, target, overwrite)
-    with state:
-        if _running.member and team.rank == 0:
-            _running.member.rescue = state.rescue
-        if state.begun:
-            reporter.note(
-                f"going on from step {state.begun.done} of {state.steps}, seed {request.seed}",
-                resumed=state.begun.done, steps=state.steps, seed=request.seed,
-            )  # fmt: skip
-        else:
-            reporter.note(f"seed {request.seed}" + (" (drawn)" if drawn else ""), seed=request.seed)
-        for adapter in request.loras:
-            reporter.note(f"adapter {adapter}", sha256=adapter.sha256)
-        policy: IfExists = "number" if target is None else "replace" if overwrite else "error"
-        path = pipeline.generate_file(request, state, policy, keep_latents, reporter)
-        if sidecar and team.rank == 0:
-            write_sidecar(path, policy)
-    reporter.finished(str(path))
+    make(pipeline, request, target, flags, reporter)
     if ranks:
         ranks.part()
 
@@ -354,7 +354,9 @@ def convert(
 def plan(
     size: Annotated[str, typer.Option(help="1280*720, 720p, 480p; any multiples of 16.")] = "720p",
     frames: Annotated[int | None, typer.Option("--frames", "--frame-num", help="4n + 1.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Weights: auto, bf16, float32.")] = None,
+    precision: Precise = None,
+    dtype: Dtype = None,
+    scope: Scope = None,
     offload: Annotated[str, typer.Option(help="auto, none, expert, block, disk.")] = "auto",
     t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
     gpus: Annotated[int, typer.Option(min=1, metavar="N", help="Of that many together; each has what is told.")] = 1,
@@ -366,6 +368,10 @@ def plan(
     json_lines: Annotated[bool, typer.Option("--json", help="Every term, in bytes, as one JSON object.")] = False,
 ) -> None:
     """Say what a video needs of memory and disk, and which placement it would take; exit 3 when nothing fits."""
+    flags = {**dict(locals()), "attention": None, "step_cache": None, "convert_model_dtype": False, "vae_dtype": None,
+             "device": "cpu" if gpu_memory == "0" else None}  # fmt: skip
+    # A card that is only imagined can do all that there is.
+    precise = read_precision(flags, Base({}, {}, {}), ADA if gpu_memory not in (None, "0") else None)
     width, height = parse_size(size)
     request = Request("x", width=width, height=height, **given(num_frames=frames))
     sizes = planning.Sizes.published()
@@ -375,7 +381,7 @@ def plan(
     placement = Placement(offload=offload, text_encoder="cpu" if t5_cpu else "auto", gpus=gpus, dit_fsdp=dit_fsdp)
     launching.refuse_lonely(placement, launching.Team())
     mesh, shares = planning.spread(request, placement, sizes)
-    made = planning.make_plan(request, Precision(**given(weights=dtype)), placement, sizes, gpu, host, shares=shares)
+    made = planning.make_plan(request, precise, placement, sizes, gpu, host, shares=shares)
     if mesh.world > 1 and not json_lines:
         print(f"each of {mesh.world}: {mesh}" + (", experts sharded" if dit_fsdp else ""))
     print(json.dumps(planning.as_dict(made)) if json_lines else planning.as_text(made, request, sizes))
@@ -410,9 +416,58 @@ def decode(
     from wan22.report import ConsoleReporter, JsonReporter
 
     limit = parse_bytes("--gpu-memory-limit", gpu_memory_limit) if gpu_memory_limit else None
-    pipeline = Pipeline(checkpoint, Precision(), Placement(device, gpu_memory_limit=limit))
+    made_with = record.get("precision")
+    vae_dtype = made_with.get("vae") if isinstance(made_with, dict) else None
+    pipeline = Pipeline(checkpoint, Precision(**given(vae=vae_dtype)), Placement(device, gpu_memory_limit=limit))
     reporter = JsonReporter() if json_lines else ConsoleReporter()
     path = pipeline.decode_file(Path(latents), Path(output) if output else None, overwrite, reporter)
+    reporter.finished(str(path))
+
+
+def read_extension(flags: Flags) -> "Extension | None":
+    """How the prompt is to be extended, and that it can be. Raises RequestError."""
+    if not any(flags[name] for name in flags if "prompt_extend" in name):
+        return None
+    from wan22.prompt_extend import Extension
+
+    if extension := Extension.read(flags):
+        extension.check()
+    return extension
+
+
+def check_output(output: str, overwrite: bool, sidecar: bool, encoding: Encoding) -> None:
+    """That the file asked for can be written. Raises RequestError."""
+    # Whole, with its state beside it: a kill came just before the end. The same command tidies up.
+    if_exists: IfExists = "replace" if overwrite or is_finished(Path(output)) else "error"
+    check_writable(output, if_exists=if_exists, encoding=encoding)
+    if sidecar:
+        check_sidecar(output, if_exists=if_exists)
+
+
+def make(pipeline: "Pipeline", request: Request, target: Path | None, flags: Flags, reporter: "Reporter") -> None:
+    """One run from where it stands to its end, told of. Raises RequestError, RunError."""
+    from wan22.preview import preview_path
+
+    drawn = request.seed is None
+    request, state = pipeline.begin(request, target, bool(flags["overwrite"]))
+    with state:
+        if _running.member and not _running.member.rank:
+            _running.member.rescue = state.rescue
+        if state.begun:
+            reporter.note(
+                f"going on from step {state.begun.done} of {state.steps}, seed {request.seed}",
+                resumed=state.begun.done, steps=state.steps, seed=request.seed,
+            )  # fmt: skip
+        else:
+            reporter.note(f"seed {request.seed}" + (" (drawn)" if drawn else ""), seed=request.seed)
+        if flags["preview"]:
+            reporter.note(f"preview: {preview_path(state.output)}", preview=str(preview_path(state.output)))
+        for adapter in request.loras:
+            reporter.note(f"adapter {adapter}", sha256=adapter.sha256)
+        policy: IfExists = "number" if target is None else "replace" if flags["overwrite"] else "error"
+        path = pipeline.generate_file(request, state, policy, flags["keep_latents"], reporter, flags["preview"])
+        if flags["sidecar"] and not (_running.member and _running.member.rank):
+            write_sidecar(path, policy)
     reporter.finished(str(path))
 
 
@@ -423,7 +478,8 @@ def describe(
     """What `generate` would do, on stdout. A prompt that would be extended is still the one given."""
     from wan22.sampling import describe_split, plan_steps
 
-    steps = plan_steps(request)
+    steps, (start, stop) = plan_steps(request), (request.guidance_start, request.guidance_stop)
+    scope = f" ({pipeline.precision.scope})" if pipeline.precision.scope else ""
     plan = planning.require_here(request, pipeline.precision, pipeline.placement, pipeline.sizes, shares)
     facts = {
         "prompt": request.prompt,
@@ -432,13 +488,15 @@ def describe(
         "steps": f"{request.num_steps} ({request.solver}, shift {request.shift:g}): "
         + describe_split(steps, request.spec.experts),
         "guidance": (f"{request.guidance_lead:g} in {request.lead_steps} lead steps, " if request.lead_steps else "")
-        + f"{request.guidance_high:g} high noise, {request.guidance_low:g} low noise",
+        + f"{request.guidance_high:g} high noise, {request.guidance_low:g} low noise"
+        + (f", from {start:g} to {stop:g} of the steps" if (start, stop) != (0, 1) else ""),
         **({"adapters": "; ".join(map(str, request.loras))} if request.loras else {}),
         "seed": request.seed,
         "checkpoint": str(pipeline.checkpoint.folder),
-        "weights": f"{pipeline.precision.weights}, {pipeline.experts.bytes / 2**30:.2f} GiB both experts, "
+        "weights": f"{pipeline.precision.weights}{scope}, {pipeline.experts.bytes / 2**30:.2f} GiB both experts, "
         + planning.describe(plan),
         "attention": pipeline.precision.attention,
+        **({"step cache": pipeline.precision.step_cache} if pipeline.precision.step_cache else {}),
         "device": str(pipeline.device) if mesh.world == 1 else f"{mesh.world} of {pipeline.device.type}: {mesh}",
         "output": str(target),
     }
@@ -449,123 +507,8 @@ def describe(
             print(f"{name:<12}{value}")
 
 
-def normalize(argv: list[str]) -> tuple[list[str], bool]:
-    """`--frame_num` → `--frame-num`, in names and not in values; `--debug` is taken from wherever it stands."""
-    words: list[str] = []
-    debug = False
-    for place, word in enumerate(argv):
-        if word == "--":
-            return words + argv[place:], debug
-        if word == "--debug":
-            debug = True
-        elif re.match(r"--[A-Za-z]", word):
-            name, equals, value = word.partition("=")
-            words.append(name.replace("_", "-") + equals + value)
-        else:
-            words.append(word)
-    return words, debug
-
-
-# For the whole batch, or for one video alone.
-NOT_IN_BATCH = (
-    "prompt", "output", "overwrite", "from_file", "json_lines", "dry_run", "sidecar", "use_prompt_extend",
-    "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang", "prompt_extend_url",
-    "prompt_extend_fallback", "gpus", "ulysses_size", "ring_size", "dit_fsdp", "t5_fsdp",
-)  # fmt: skip
-OF_A_LINE = (
-    "prompt", "negative_prompt", "size", "frames", "fps", "steps", "shift", "solver", "guidance", "guidance_low",
-    "lora", "lora_high", "lora_low", "lead_steps", "guidance_lead", "seed", "noise_device", "task",
-)  # fmt: skip
-
-
-@app.command()
-@with_options_of(generate, without=NOT_IN_BATCH)
-def batch(
-    file: Annotated[str, typer.Argument(help="Prompts (.txt), a table (.jsonl, .csv), or a folder of videos.")],
-    output: Annotated[str | None, typer.Option("--output", help="The folder; default: FILE-videos.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="1..8, or 1,2,5: each item with each of them.")] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Each item so often, with another seed each time.")] = 1,
-    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only this part; default: a SLURM array's.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one a GPU, one on a CPU.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
-    json_lines: Annotated[bool, typer.Option("--json", help="Events, one JSON object a line on stdout.")] = False,
-    **flags: Any,
-) -> None:
-    """Make many videos; run again, or elsewhere too, to go on. Flags of generate count for items that do not say."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RequestError("a batch is not for torchrun: each GPU makes videos of its own", hint="--workers N")
-    flags["prompt"] = flags["from_file"] = None
-    if seeds and (repeat > 1 or flags["seed"] is not None):
-        raise RequestError("--seeds goes with neither --seed nor --repeat", hint="give one of them")
-    from wan22 import batch as library
-    from wan22.gallery import write_gallery
-    from wan22.items import parse_seeds, read_items
-
-    source, base = Path(file), read_base(flags)
-    part, parts = library.parse_shard(shard)
-    items, bad = read_items(source, flags, base, read_checkpoint(flags, base, DEFAULT_TASK), parse_line,
-                            seeds=parse_seeds(seeds) if seeds else [], repeat=repeat)  # fmt: skip
-    jobs, bad = library.plan_jobs(items[part::parts], bad if part == 0 else [], flags, base)
-    folder = Path(output or f"{source.resolve().stem}-videos")
-    check_writable(folder / "video.mp4", if_exists="number", encoding=read_encoding(flags, base))
-    if dry_run:
-        print("\n".join([*(f"{folder / job.name}" for job in jobs)]))
-        print("\n".join(f"bad {one.where}: {one.error}" for one in bad), file=sys.stderr)
-        return
-    devices = library.count_workers(workers, read_placement(flags, base))
-    tell = library.json_lines if json_lines else library.console(len(jobs))
-    outcomes = library.Batch(jobs, folder, devices, flags, base, tell).run(bad)
-    page = write_gallery(folder)
-    if json_lines:
-        tell("finished", gallery=str(page), outcomes=[vars(outcome) for outcome in outcomes])
-    else:
-        print(library.table(outcomes), f"gallery: {page}", sep="\n", file=sys.stderr)
-        print("\n".join(str(folder / one.name) for one in outcomes if one.what in ("done", "there")))
-    raise typer.Exit(any(one.what in ("failed", "bad") for one in outcomes))
-
-
-def parse_line(words: list[str]) -> dict[str, Any]:
-    """The flags that an item of a batch gives, read as generate reads its own. Raises RequestError, UsageError."""
-    command = typer.main.get_command(app).commands["generate"]  # type: ignore[attr-defined]
-    context = command.make_context("generate", normalize(words)[0], help_option_names=[])
-    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
-    if wrong := sorted(given - set(OF_A_LINE)):
-        raise RequestError(f"--{wrong[0].replace('_', '-')} is for the whole batch")
-    return {name: context.params[name] for name in given}
-
-
-@app.command()
-def status(
-    folder: Annotated[str, typer.Argument(help="The folder of a batch.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
-    """Say what of a batch is done, running, failed and waiting, and the time left."""
-    from wan22 import journal
-
-    if not (Path(folder) / journal.NAME).is_file():
-        raise RequestError(f"{folder}: there was no batch here", hint="name the folder that a batch writes to")
-    found = journal.status(Path(folder))
-    print(json.dumps(found, ensure_ascii=False) if as_json else journal.as_text(found))
-
-
-@app.command()
-def sheet(
-    files: Annotated[list[str], typer.Argument(help="Videos, GIFs or folders of frames.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The picture to write.")] = "sheet.png",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a picture that exists.")] = False,
-) -> None:
-    """Make one picture of many videos, with their prompts and seeds."""
-    from wan22.gallery import write_sheet
-
-    print(write_sheet([Path(file) for file in files], Path(output), overwrite))
-
-
-@app.command()
-def gallery(folder: Annotated[str, typer.Argument(help="A folder of videos.")]) -> None:
-    """Write index.html over a folder: players, prompts, seeds, and the command that makes each again."""
-    from wan22.gallery import write_gallery
-
-    print(write_gallery(Path(folder)))
+cli_bench.add_to(app, generate)
+cli_many.add_to(app, generate)
 
 
 # Whichever click typer brings along, this is its error for wrong usage.

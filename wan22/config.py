@@ -19,6 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+LONGEST = 4000  # characters of a message
+
+
+def one_line(text: str) -> str:
+    """A message as one line of a bearable length, cut in its middle. What files call their tensors may be anything,
+    also commands to a terminal: unprintable characters are escaped."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]}…{line[-LONGEST // 2 + 1 :]}"
+
 
 class WanError(Exception):
     """An error that a user can act on: one line, an optional hint, and the exit code it ends a command with."""
@@ -26,12 +35,16 @@ class WanError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.hint = hint
 
 
 class RunError(WanError):
     """The run failed while running."""
+
+
+class DiskFull(RunError):
+    """There is no room to write in; there may be later."""
 
 
 class RequestError(WanError, ValueError):
@@ -187,6 +200,9 @@ class Request(_Settings):
     lead_steps: that many of the `num_steps`, the first ones, run with `guidance_lead` and the adapters' own
     `lead_strength`. They share the first step of the schedule that the rest follows, so the rest keeps the timesteps
     of a run of `num_steps − lead_steps + 1` steps: those that a step-distilled adapter was trained on.
+
+    guidance_start, guidance_stop: fractions of the steps between which there is guidance; the others take one
+    evaluation instead of two. Part of what is asked for, as the guidance itself: 1 is its value there.
     """
 
     prompt: str
@@ -207,6 +223,8 @@ class Request(_Settings):
     loras: tuple[Lora, ...] = ()  # merged in this order
     lead_steps: int = 0
     guidance_lead: float = _SPEC.guidance_high
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
     original_prompt: str | None = None  # what was asked for, where `prompt` is an extension of it
 
     def __post_init__(self) -> None:
@@ -247,6 +265,11 @@ class Request(_Settings):
             raise RequestError(f"loras: {self.loras!r} is not a tuple of Lora")
         _check_number("--lead-steps", self.lead_steps, int, 0, self.num_steps)
         _check_number("--guidance-lead", self.guidance_lead, float, 0, 100)
+        _check_number("--guidance-start", self.guidance_start, float, 0, 1)
+        _check_number("--guidance-stop", self.guidance_stop, float, 0, 1)
+        if self.guidance_start >= self.guidance_stop:
+            said = f"--guidance-start {self.guidance_start:g} is not before --guidance-stop {self.guidance_stop:g}"
+            raise RequestError(said, hint="no guidance at all: --guidance 1")
         for lora in self.loras:
             if lora.lead_strength is not None and not self.lead_steps:
                 raise RequestError(f"--lora {lora.file}: a lead strength without lead steps", hint="add --lead-steps N")
@@ -281,7 +304,10 @@ class Request(_Settings):
         return []
 
 
-ATTENTIONS = ("auto", "torch", "cudnn", "flash", "efficient", "math", "fa3", "fa4", "sage")
+ATTENTIONS = ("auto", "torch", "cudnn", "flash", "efficient", "math", "fa3", "fa4", "sage", "int8", "int8-bf16")
+EIGHT_BIT = ("fp8", "int8")
+WEIGHTS = ("auto", "float32", "bf16", *EIGHT_BIT)
+SCOPES = ("ffn", "all")
 
 
 @dataclass(frozen=True)
@@ -289,25 +315,42 @@ class Precision(_Settings):
     """What may be approximated; the default is the `exact` recipe.
 
     weights: `float32`, `bf16`, or `auto`: bf16 on a GPU, float32 on a CPU. The text encoder has the same dtype (as
-    published); the VAE is float32. What `exact` keeps in float32 beside bf16 weights stands in model.py.
+    published). What `exact` keeps in float32 beside bf16 weights stands in model.py. `fp8` and
+    `int8` approximate: 8-bit products of the blocks, beside bf16 (quantize.py).
+    scope: of 8-bit products: `ffn`, the feed-forward's alone, or `all`; None with other weights.
     attention: a backend of attention.py; `auto`: the fastest exact one that is right on this machine. Each rounds in
-    its own way, so the one a video was made with is recorded. `sage` approximates; all others are exact.
+    its own way, so the one a video was made with is recorded. `sage` and `int8` approximate; all others are exact.
+    step_cache: how much the first block's contribution may change, relative to its size, for the other blocks' to be
+    taken from an earlier step (step_cache.py); 0: never.
+    vae: `float32`, as published, or `bf16`: faster, at 50 dB PSNR to it and more.
     """
 
     weights: str = "auto"
     attention: str = "auto"
+    scope: str | None = None
+    step_cache: float = 0.0
+    vae: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.weights not in ("auto", "float32", "bf16"):
-            raise RequestError(f"--dtype {self.weights}: unknown dtype", hint="known: auto, float32, bf16")
+        if self.vae not in ("float32", "bf16"):
+            raise RequestError(f"--vae-dtype {self.vae}: unknown dtype", hint="known: float32, bf16")
+        if self.weights not in WEIGHTS:
+            raise RequestError(f"--dtype {self.weights}: unknown dtype", hint=f"known: {', '.join(WEIGHTS)}")
         if self.attention not in ATTENTIONS:
             raise RequestError(f"--attention {self.attention}: unknown", hint=f"known: {', '.join(ATTENTIONS)}")
+        if self.scope not in (None, *SCOPES):
+            raise RequestError(f"--scope {self.scope}: unknown", hint=f"known: {', '.join(SCOPES)}")
+        if self.scope and self.weights not in EIGHT_BIT:
+            raise RequestError(f"--scope {self.scope}: of 8-bit products, and the weights are {self.weights}",
+                               hint="add --dtype fp8, or --dtype int8")  # fmt: skip
+        _check_number("--step-cache", self.step_cache, float, 0, 10)
 
     def resolve(self, device: str) -> "Precision":
         """`auto` made definite for a device type (`cpu`, `cuda`), as far as it can be without measuring there."""
         weights = ("float32" if device == "cpu" else "bf16") if self.weights == "auto" else self.weights
         attention = "torch" if self.attention == "auto" and device == "cpu" else self.attention
-        return dataclasses.replace(self, weights=weights, attention=attention)
+        scope = self.scope or ("all" if weights in EIGHT_BIT else None)
+        return dataclasses.replace(self, weights=weights, attention=attention, scope=scope)
 
 
 OFFLOADS = ("none", "expert", "block", "disk")  # from most to least memory
@@ -366,6 +409,7 @@ class Placement(_Settings):
     ring_size: int | None = None
     dit_fsdp: bool = False
     t5_fsdp: bool = False
+    prompt_cache: bool = True
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):

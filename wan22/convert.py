@@ -32,6 +32,7 @@ from wan22.layouts import Published
 from wan22.load import empty_expert
 from wan22.names import sync
 from wan22.reading import ITEM_BYTES, torch_dtypes
+from wan22.target import DISK_FULL, NOT_WRITABLE
 from wan22.tensor_files import TensorSource
 from wan22.text_encoder import check_text_encoder
 from wan22.vae import check_vae
@@ -178,17 +179,18 @@ def _config(expert: Expert) -> bytes:
 def convert(checkpoint: Checkpoint, target: Path, dtype: str = "bf16", progress: bool = True) -> Path:
     """Write the folder `target`, or go on where a killed run stopped; progress: a bar on stderr.
 
-    Raises RequestError where `target` is in the way, DoesNotFit where the disk lacks room, RunError where it fails.
+    Raises RequestError where `target` is in the way or cannot be written, DoesNotFit where the disk lacks room or
+    fills up, RunError where it fails otherwise.
     """
     if dtype not in DTYPES:
         raise RequestError(f"--dtype {dtype}: unknown dtype", hint=f"known: {', '.join(DTYPES)}")
+    target = target.resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise RequestError(f"{target}: exists already", hint="name a new folder; a converted one is never overwritten")
     high, low = (expert.tensors for expert in checkpoint.experts.values())
     if same_content(high, low):
         raise RequestError("the two experts are the same one: nothing to convert")
     plan = plan_conversion(checkpoint, dtype)
-    target = target.absolute()
     staged = target.with_name(f".{target.name}.partial")
     note = json.dumps({"source": checkpoint.identity(), "dtype": dtype, "version": VERSION}).encode()
     lock = filelock.FileLock(target.with_name(f".{target.name}.lock"))
@@ -197,7 +199,13 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: str = "bf16", progress:
         with lock.acquire(timeout=0):
             _stage(staged, note)
             left = [shard for shard in plan.shards if not _is_finished(staged / shard.path, shard)]
-            _check_room(target, sum(shard.nbytes for shard in left) + sum(map(len, plan.files.values())))
+            try:
+                _check_room(target, sum(shard.nbytes for shard in left) + sum(map(len, plan.files.values())))
+            except DoesNotFit:
+                if len(left) == len(plan.shards):  # nothing to go on from
+                    shutil.rmtree(staged)
+                    Path(lock.lock_file).unlink()
+                raise
             with tqdm(total=sum(shard.nbytes for shard in left), desc="convert", unit="B", unit_scale=True,
                       disable=not progress, file=sys.stderr) as bar:  # fmt: skip
                 for shard in left:
@@ -215,8 +223,11 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: str = "bf16", progress:
     except filelock.Timeout:
         raise RequestError(f"{target}: is being written by another conversion") from None
     except OSError as error:
-        raise RunError(f"{error.filename or target}: cannot be written: {error.strerror or error}",
-                       hint="finished shards are kept: the same command goes on from there") from None  # fmt: skip
+        said = f"{error.filename or target}: cannot be written: {error.strerror or error}"
+        if error.errno in NOT_WRITABLE:
+            raise RequestError(said, hint="name another folder") from None
+        kind = DoesNotFit if error.errno in DISK_FULL else RunError
+        raise kind(said, hint="finished shards are kept: the same command goes on from there") from None
     return target
 
 

@@ -8,6 +8,7 @@
 | disk      | some blocks, buffers for two more | is read every time       | then                           |
 """
 
+import contextlib
 import gc
 import threading
 import time
@@ -26,6 +27,7 @@ from wan22.lora import Adapters, Merge
 from wan22.memory import OUT_OF_MEMORY, Memory, memory_of
 from wan22.model import WanTransformer
 from wan22.parallel import Ranks
+from wan22.quantize import EightBit
 from wan22.streaming import BlockStream, Files, HostCopy, Piece, Source, evenly, pieces_of
 
 if TYPE_CHECKING:
@@ -63,17 +65,20 @@ class Experts:
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, adapters: Adapters,
         ladder: Sequence[Residency] = (Residency("expert"),), memory: Memory | None = None,
+        eight_bit: EightBit | None = None,
     ) -> None:  # fmt: skip
-        """ladder: the residency, and what follows it where memory runs out. Names and shapes are checked here; no
-        weight is read. Raises RequestError."""
+        """ladder: the residency, and what follows it where memory runs out; eight_bit: which products are. Names and
+        shapes are checked here; no weight is read. Raises RequestError."""
         self.checkpoint, self.dtype, self.device, self.adapters = checkpoint, dtype, device, adapters
-        self._empty = {name: empty_expert(expert, dtype) for name, expert in checkpoint.experts.items()}
+        self.eight_bit = eight_bit
+        self._empty = {name: empty_expert(expert, dtype, eight_bit) for name, expert in checkpoint.experts.items()}
         self.bytes = sum(tensor.nbytes for model in self._empty.values() for tensor in model.state_dict().values())
         self.attention = "torch"  # the backend's name; set before an expert is asked for
         self.ranks: Ranks | None = None  # those that work together, where there are several
         self.ladder = list(ladder)
         self._given_memory = memory
         self.stall = 0.0  # seconds that steps waited for an expert, but for the first
+        self.first_ready: float | None = None  # when one was ready for the first time, as time.time() has it
         self._placed: list[_Placed] = []
         self._copies: list[tuple[Key, HostCopy]] = []
         self._coming: _Coming | None = None
@@ -120,7 +125,20 @@ class Experts:
             self._placed.append(placed)
         if not first:
             self.stall += time.perf_counter() - start
+        self.first_ready = self.first_ready or time.time()
         return placed.model
+
+    @torch.inference_mode(False)
+    def begin(self, name: str, loras: Sequence[Lora] = ()) -> None:
+        """This expert will be the first: read it while other things are done. There is room for it beside them."""
+        key = self._key(name, loras)
+        if self._coming or self._placed or self._copy_of(key):
+            return
+        if self.residency.kind not in ("none", "expert"):
+            self._warm(name)
+            return
+        with contextlib.suppress(*OUT_OF_MEMORY):  # then at its turn, when there may be room
+            self._coming = _Coming(key, *self._begin_placing(key))
 
     @torch.inference_mode(False)
     def expect(self, name: str, loras: Sequence[Lora] = ()) -> None:
@@ -267,7 +285,7 @@ class Experts:
         self, key: Key, flats: dict[int, Tensor], streamed: Sequence[int], buffers: Sequence[Tensor],
         source: Source | None,
     ) -> _Placed:  # fmt: skip
-        model = empty_expert(self.checkpoint.experts[key.name], self.dtype)
+        model = empty_expert(self.checkpoint.experts[key.name], self.dtype, self.eight_bit)
         pieces = self._pieces(key.name)
         flats = flats | {number: buffers[place % 2] for place, number in enumerate(streamed)}
         state: dict[str, Tensor] = {}
@@ -283,8 +301,8 @@ class Experts:
 
     # --- waiting in the host's memory ----------------------------------------------------------------------------
     def _copy(self, key: Key, wanted: Sequence[int] | None, stopped: Callable[[], bool] = lambda: False) -> HostCopy:
-        pieces = self._pieces(key.name)
-        return HostCopy(self._files(key), pieces, wanted or list(pieces), self.memory, bool(key.merges), stopped)
+        pieces, work = self._pieces(key.name), bool(key.merges or self.eight_bit)
+        return HostCopy(self._files(key), pieces, wanted or list(pieces), self.memory, work, stopped)
 
     def _copy_of(self, key: Key) -> HostCopy | None:
         return next((copy for of, copy in self._copies if of == key), None)

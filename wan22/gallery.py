@@ -97,6 +97,7 @@ def again(request: dict[str, Any]) -> str:
         "num_steps": "--steps", "shift": "--shift", "solver": "--solver", "guidance_high": "--guidance",
         "guidance_low": "--guidance-low", "seed": "--seed", "noise_device": "--noise-device",
         "lead_steps": "--lead-steps", "guidance_lead": "--guidance-lead",
+        "guidance_start": "--guidance-start", "guidance_stop": "--guidance-stop",
     }  # fmt: skip
     plain = Request("x")
     size = f"{request.get('width', plain.width)}x{request.get('height', plain.height)}"

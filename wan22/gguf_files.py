@@ -26,7 +26,8 @@ STRING, ARRAY = 8, 9
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 MAX_AXES = 8
 MAX_KEPT = 64  # entries of an array in the metadata: shapes are kept, vocabularies are not
-MAX_COUNT = 1 << 20  # tensors, keys, bytes of a name
+MAX_COUNT = 1 << 20  # tensors, keys
+MAX_NAME = 1024  # bytes of a tensor's name; GGML itself takes 64
 
 
 class _Cursor:
@@ -45,8 +46,8 @@ class _Cursor:
             raise ValueError(f"{value:,} {what}")
         return value
 
-    def text(self) -> str:
-        length = self.count("bytes of text", len(self.data))
+    def text(self, what: str = "bytes of text", most: int | None = None) -> str:
+        length = self.count(what, len(self.data) if most is None else most)
         self.at += length
         return str(self.data[self.at - length : self.at], "utf-8", "replace")
 
@@ -79,7 +80,9 @@ class Gguf(FileTensors):
                 self._parse(data)
                 end = max((entry.offset + entry.nbytes for entry in self.entries.values()), default=0)
                 self.headers = {path: data[: self.start]}
-        except (struct.error, ValueError, KeyError, IndexError, OverflowError) as error:
+        except struct.error:
+            raise RequestError(f"{path}: broken GGUF header, or truncated: it leads out of the file") from None
+        except (ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:
             raise RequestError(f"{path}: broken GGUF header, or truncated: {error}") from None
         if end > size:
             raise RequestError(f"{path}: truncated: {size:,} of {end:,} bytes", hint="fetch it again: wan22 download")
@@ -102,7 +105,7 @@ class Gguf(FileTensors):
             self.metadata[key] = cursor.value(cursor.number("<I"))
         told = []
         for _ in range(tensors):  # GGML counts axes from the fastest
-            name, axes = cursor.text(), cursor.number("<I")
+            name, axes = cursor.text("bytes of a tensor's name", MAX_NAME), cursor.number("<I")
             if axes > MAX_AXES:
                 raise ValueError(f"tensor {name} has {axes} axes")
             shape = tuple(cursor.count("elements", 1 << 48) for _ in range(axes))

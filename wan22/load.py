@@ -10,17 +10,25 @@ from torch import Tensor
 from wan22.attention import functions
 from wan22.checkpoint import Expert
 from wan22.chunks import chunk_feed_forward
+from wan22.config import Precision
 from wan22.lora import Merge, read_merged
 from wan22.model import WanTransformer
 from wan22.pack import pack, side_by_side
+from wan22.quantize import EightBit, quantize, read_quantized
 from wan22.tensor_files import check_names
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+# Of what is neither 8-bit nor always float32.
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "int8": torch.bfloat16}
 
 
-def empty_expert(expert: Expert, dtype: torch.dtype) -> WanTransformer:
+def eight_bit_of(precision: Precision) -> EightBit | None:
+    """What of the blocks' products is in 8 bits, of a resolved precision."""
+    return EightBit(precision.weights, precision.scope) if precision.scope else None
+
+
+def empty_expert(expert: Expert, dtype: torch.dtype, eight_bit: EightBit | None = None) -> WanTransformer:
     """The model without memory behind it (on `meta`), its parameters in the dtypes it wants, names and shapes checked
-    against the files'. Raises RequestError.
+    against the files'. In 8 bits it has a `weight_scale` beside a layer's `weight`. Raises RequestError.
 
     The text's width is in no published config: it is what the tensor says.
     """
@@ -31,16 +39,19 @@ def empty_expert(expert: Expert, dtype: torch.dtype) -> WanTransformer:
         model = WanTransformer(config, dtype)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     check_names(str(expert.label), expert.tensors.shapes, wanted)
+    if eight_bit:
+        quantize(model, eight_bit)
     return model
 
 
 # Asked for in the middle of a run, whose inference mode would make tensors that the reader's threads cannot fill.
 @torch.inference_mode(False)
 def load_expert(
-    expert: Expert, dtype: torch.dtype, device: torch.device, merges: Sequence[Merge] = ()
-) -> WanTransformer:
-    """Build, then read every tensor once, merge adapters, cast on the way to the dtype that the model declares."""
-    model = empty_expert(expert, dtype)
+    expert: Expert, dtype: torch.dtype, device: torch.device, merges: Sequence[Merge] = (),
+    eight_bit: EightBit | None = None,
+) -> WanTransformer:  # fmt: skip
+    """Build, then read every tensor once, merge adapters, cast or quantize on the way to what the model declares."""
+    model = empty_expert(expert, dtype, eight_bit)
     state = room_for(model, device)
     read_state(expert, state, merges)
     return assemble(model, state)
@@ -62,10 +73,15 @@ def read_state(
     expert: Expert, state: Mapping[str, Tensor], merges: Sequence[Merge] = (), begins: Mapping[str, int] | None = None
 ) -> None:
     """Fill a model's tensors by name, or some of them, or parts of them (see TensorSource), from the expert's files,
-    adapters merged."""
-    parts = [replace(merge, changes={name: merge.changes[name] for name in merge.changes.keys() & state.keys()})
-             for merge in merges]  # fmt: skip
-    read_merged(expert.tensors, state, parts, begins)
+    adapters merged, then quantized."""
+
+    def read(targets: dict[str, Tensor]) -> None:
+        parts = [replace(merge, changes={name: merge.changes[name] for name in merge.changes.keys() & targets.keys()})
+                 for merge in merges]  # fmt: skip
+        in_part = {name: begin for name, begin in (begins or {}).items() if name in targets}
+        read_merged(expert.tensors, targets, parts, in_part)
+
+    read_quantized(state, read)
 
 
 def assemble(model: WanTransformer, state: Mapping[str, Tensor], attention: str = "torch") -> WanTransformer:

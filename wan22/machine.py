@@ -1,13 +1,17 @@
-"""What this machine has: free GPU memory asked of the driver, free host memory of the kernel. Standard library only.
+"""What this machine has: free GPU memory asked of the driver, free host memory of the kernel, a place for caches.
+Standard library only.
 
 Asking torch instead would take seconds to import it and half a gigabyte of GPU memory to start it.
 """
 
+import contextlib
 import ctypes
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,12 @@ class Room:
     total: int
     free: int
     name: str = ""
+
+
+# --- the disk --------------------------------------------------------------------------------------------------------
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/wan22`, or `~/.cache/wan22`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "wan22"
 
 
 # --- the host --------------------------------------------------------------------------------------------------------
@@ -77,10 +87,21 @@ class _NvmlMemory(ctypes.Structure):
 
 
 def gpu_memory(device: str = "cuda") -> Room | None:
-    """The memory of one GPU (`cuda`, `cuda:N`), by NVML or nvidia-smi; None where there is none.
+    """The memory of one GPU (`cuda`, `cuda:N`), by NVML or nvidia-smi; None where there is none."""
+    card = _card(device)
+    return None if card is None else _by_nvml(card) or _by_nvidia_smi(card)
 
-    CUDA_VISIBLE_DEVICES numbers the cards for this process, as it does for CUDA.
-    """
+
+def gpu_capability(device: str = "cuda") -> tuple[int, int] | None:
+    """The compute capability of one GPU: (9, 0) for Hopper; None where there is none."""
+    if (card := _card(device)) is None:
+        return None
+    return _capability_by_nvml(card) or _capability_by_nvidia_smi(card)
+
+
+def _card(device: str) -> str | None:
+    """The driver's name of a GPU, an index or a UUID. CUDA_VISIBLE_DEVICES numbers the cards for this process, as it
+    does for CUDA."""
     number = int(device.partition(":")[2] or 0)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     card = str(number)
@@ -89,34 +110,62 @@ def gpu_memory(device: str = "cuda") -> Room | None:
         if number >= len(cards) or not cards[number] or cards[number] == "-1":
             return None
         card = cards[number]
-    return _by_nvml(card) or _by_nvidia_smi(card)
+    return card
 
 
-def _by_nvml(card: str) -> Room | None:
-    """card: an index, or a UUID."""
+@contextlib.contextmanager
+def _nvml(card: str) -> Iterator[tuple[Any, Any]]:
+    """The library, and its handle of a card; two Nones where either is missing."""
     try:
         nvml = ctypes.CDLL("nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1")
     except OSError:
-        return None
+        yield None, None
+        return
     if nvml.nvmlInit_v2():
-        return None
+        yield None, None
+        return
     try:
-        handle, memory, name = ctypes.c_void_p(), _NvmlMemory(), ctypes.create_string_buffer(96)
+        handle = ctypes.c_void_p()
         by_uuid = nvml.nvmlDeviceGetHandleByUUID(card.encode(), ctypes.byref(handle)) if not card.isdigit() else 0
         by_index = nvml.nvmlDeviceGetHandleByIndex_v2(int(card), ctypes.byref(handle)) if card.isdigit() else 0
-        if by_uuid or by_index or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)):
-            return None
-        nvml.nvmlDeviceGetName(handle, name, len(name))
-        return Room(memory.total, memory.free, name.value.decode(errors="replace"))
+        yield (None, None) if by_uuid or by_index else (nvml, handle)
     finally:
         nvml.nvmlShutdown()
 
 
+def _by_nvml(card: str) -> Room | None:
+    with _nvml(card) as (nvml, handle):
+        memory, name = _NvmlMemory(), ctypes.create_string_buffer(96)
+        if nvml is None or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)):
+            return None
+        nvml.nvmlDeviceGetName(handle, name, len(name))
+        return Room(memory.total, memory.free, name.value.decode(errors="replace"))
+
+
 def _by_nvidia_smi(card: str) -> Room | None:
-    query = ["nvidia-smi", "-i", card, "--query-gpu=memory.total,memory.free,name", "--format=csv,noheader,nounits"]
     try:
-        line = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()[0]
-        total, free, name = line.split(", ", 2)
+        total, free, name = _query(card, "memory.total,memory.free,name").split(", ", 2)
         return Room(int(total) << 20, int(free) << 20, name)
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):
         return None
+
+
+def _capability_by_nvml(card: str) -> tuple[int, int] | None:
+    with _nvml(card) as (nvml, handle):
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        if nvml is None or nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor)):
+            return None
+        return major.value, minor.value
+
+
+def _capability_by_nvidia_smi(card: str) -> tuple[int, int] | None:
+    try:
+        major, minor = _query(card, "compute_cap").split(".")
+        return int(major), int(minor)
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return None
+
+
+def _query(card: str, what: str) -> str:
+    query = ["nvidia-smi", "-i", card, f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    return subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()[0]

@@ -19,6 +19,7 @@ from wan22.config import GPU_RESERVE
 from wan22.machine import Room, gpu_memory, host_memory
 
 ASIDE = GPU_RESERVE // 2  # for what is taken past torch
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU's context
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)  # of the device; of the host
 
 
@@ -40,10 +41,16 @@ class Count:
 def _mapped(nbytes: int) -> np.ndarray:
     """Fresh bytes from the system: page-aligned, whole pages, given back as soon as nothing refers to them. Raises
     MemoryError."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
     try:
-        return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)[:nbytes]
+        pages = mmap.mmap(-1, max(nbytes, 1), **private)
     except OSError as error:
         raise MemoryError(f"{nbytes:,} bytes of host memory: {error.strerror}") from None
+    # Large pages come, and are pinned, several times as fast; what a GPU reads must not be copied when a child is made.
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        with contextlib.suppress(AttributeError, OSError):
+            pages.madvise(getattr(mmap, advice))
+    return np.frombuffer(pages, dtype=np.uint8)[:nbytes]
 
 
 class Memory:
@@ -126,7 +133,11 @@ class CudaMemory(Memory):
         # torch's own pinned allocator rounds up to powers of two: 28 GB become 43.
         array = _mapped(nbytes)
         runtime, address = torch.cuda.cudart(), array.ctypes.data
-        if error := int(runtime.cudaHostRegister(address, nbytes, 0)):
+        # A thread begins with the first GPU as its own, and would open a context there.
+        with torch.cuda.device(self.device):
+            error = int(runtime.cudaHostRegister(address, nbytes, PORTABLE))
+        if error:
+            self._forget_error()
             raise MemoryError(f"{nbytes:,} bytes of host memory cannot be pinned (CUDA error {error})")
         # Runs before the array, and so its pages, go.
         weakref.finalize(array, runtime.cudaHostUnregister, address).atexit = False
@@ -155,12 +166,18 @@ class CudaMemory(Memory):
         with torch.cuda.stream(stream):
             if after is not None:
                 stream.wait_event(after)
-            yield
-            stream.synchronize()
+            try:
+                yield
+            finally:  # whoever fails lets go of memory that this work may still write to
+                stream.synchronize()
 
     def trim(self) -> None:
         torch.cuda.empty_cache()
 
+    def _forget_error(self) -> None:
+        """The CUDA runtime keeps the last error of a call, and torch's next kernel launch would take it for its own."""
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self.device)
 
     def rooms(self) -> tuple[Room | None, Room]:
         room = gpu_memory(f"cuda:{self.device.index or 0}") or self._torch_room()
@@ -184,7 +201,8 @@ def limit_gpu_memory(device: torch.device, limit: int | None) -> None:
     """Let torch take no more of a GPU than `limit` bytes leave beside the CUDA context; None: no limit."""
     if device.type == "cuda" and limit is not None:
         everything = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - ASIDE) / everything), device)
+        index = torch.cuda.current_device() if device.index is None else device.index  # which it insists on
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - ASIDE) / everything), index)
 
 
 def memory_of(device: torch.device) -> Memory:

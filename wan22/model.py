@@ -6,7 +6,8 @@ E model width (= N · D).
 Numerics (the `exact` recipe): the residual stream, modulation, norms, timestep embedding, rotary embedding, patch
 embedding and head are float32, whatever the weights' dtype; the blocks' matrix products and attention run in
 `dtype` with float32 accumulation. The modules declare their parameters in just those dtypes, so a loader reads off
-the model what to cast each tensor to.
+the model what to cast each tensor to. A block's parts say by `dtype` what their first product takes: quantize.py may
+have them ask for 8-bit rows, which the operation before then writes.
 
 Source: Wan Team, "Wan: Open and Advanced Large-Scale Video Generative Models" (2025), section 4.2; the published
 Wan2.2 `wan/modules/model.py`. Nothing here knows of files, devices, several GPUs or quantization: those are applied
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from wan22.attention import attend
 from wan22.kernels import (
+    Rows,
     gated_residual,
     gated_residual_norm,
     gated_residual_norm_modulate,
@@ -69,7 +71,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.num_heads, self.eps = config.num_heads, config.eps
+        self.num_heads, self.eps, self.dtype = config.num_heads, config.eps, dtype
         self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend
         self.q = nn.Linear(config.dim, config.dim, dtype=dtype)
         self.k = nn.Linear(config.dim, config.dim, dtype=dtype)
@@ -78,7 +80,7 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.dim)
         self.norm_k = RMSNorm(config.dim)
 
-    def project(self, names: str, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, names: str, x: Rows) -> tuple[Tensor, ...]:
         """x [B, L, E] → the products of these names (`qkv`: of q, k and v), each [B, L, E]: one after the other, or as
         the one that load.py has packed them into, under their names together."""
         if names in self._modules:
@@ -89,7 +91,7 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Full attention among the video tokens of one sample."""
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Rows, rope: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, L, E] → [B, L, E]."""
         q, k, v = self.project("qkv", x)
         q, k = qk_norm_rope(
@@ -108,7 +110,7 @@ class CrossAttention(Attention):
         k = rms_norm(k, self.norm_k.weight, self.eps)
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Rows, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, L, E] → [B, L, E]."""
         q = rms_norm(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.num_heads, -1))
         return self.o(self.attend(q, *keys_values).flatten(-2))
@@ -123,10 +125,11 @@ class FeedForward(nn.Sequential):
             nn.GELU(approximate="tanh"),
             nn.Linear(config.ffn_dim, config.dim, dtype=dtype),
         )
+        self.dtype = self.hidden_dtype = dtype  # what the first product takes, and the second
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         """x [B, L, E] → [B, L, E]."""
-        return self[2](gelu(self[0](x)))
+        return self[2](gelu(self[0](x), self.hidden_dtype))
 
 
 class Block(nn.Module):
@@ -134,7 +137,7 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.eps, self.dtype = config.eps, dtype
+        self.eps = config.eps
         self.self_attn = SelfAttention(config, dtype)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)  # the cross-attention's; published under this name
         self.cross_attn = CrossAttention(config, dtype)
@@ -150,11 +153,11 @@ class Block(nn.Module):
         """
         modulation = (self.modulation + time).unsqueeze(2).unbind(1)  # 6 × [B, 1, E]
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation
-        eps, dtype, norm3 = self.eps, self.dtype, self.norm3
-        h = self.self_attn(norm_modulate(x, shift_sa, scale_sa, eps, dtype), rope)
-        x, h = gated_residual_norm(x, h, gate_sa, norm3.weight, norm3.bias, eps, dtype)
-        x, h = gated_residual_norm_modulate(x, self.cross_attn(h, keys_values), None, shift_ff, scale_ff, eps, dtype)
-        return gated_residual(x, self.ffn(h), gate_ff)
+        eps, self_attn, norm3, cross_attn, ffn = self.eps, self.self_attn, self.norm3, self.cross_attn, self.ffn
+        h = self_attn(norm_modulate(x, shift_sa, scale_sa, eps, self_attn.dtype), rope)
+        x, h = gated_residual_norm(x, h, gate_sa, norm3.weight, norm3.bias, eps, cross_attn.dtype)
+        x, h = gated_residual_norm_modulate(x, cross_attn(h, keys_values), None, shift_ff, scale_ff, eps, ffn.dtype)
+        return gated_residual(x, ffn(h), gate_ff)
 
 
 class PatchEmbedding(nn.Module):
@@ -264,9 +267,14 @@ class WanTransformer(nn.Module):
         rope = self.rotary(grid, latents.device)  # 2 × [L, D/2]
         time = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim))  # [B, E]
         block_time = self.time_projection(time).unflatten(1, (6, -1))  # [B, 6, E]
-        for block, keys_values in zip(self.blocks, context, strict=True):
-            x = block(x, block_time, rope, keys_values)
+        x = self.run_blocks(x, block_time, rope, context)
         return self._unpatchify(self.head(x, time), grid)
+
+    def run_blocks(self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], context: ContextKV) -> Tensor:
+        """All blocks in order, arguments as theirs. Replaceable from outside."""
+        for block, keys_values in zip(self.blocks, context, strict=True):
+            x = block(x, time, rope, keys_values)
+        return x
 
     def _token_grid(self, latents: Tensor) -> tuple[int, int, int]:
         (t, h, w), (pt, ph, pw) = latents.shape[2:], self.config.patch_size

@@ -59,6 +59,7 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 STATE = ".state.safetensors"  # of a run that is not finished, beside its output
+PREVIEW = ".preview.webp"  # of a run that is not finished
 CLAIM = ".claim"  # of a process that makes an output, hidden beside it
 
 

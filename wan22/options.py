@@ -5,13 +5,16 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from wan22.capability import Capability, capability_of, preset
 from wan22.checkpoint import Checkpoint, Parts, find_checkpoint, open_checkpoint
 from wan22.config import (
+    EIGHT_BIT,
     Encoding,
     Lora,
     Placement,
@@ -80,7 +83,7 @@ def read_request(flags: Flags, base: Base) -> dict[str, Any]:
         "width": width, "height": height, "num_frames": flags["frames"], "num_steps": flags["steps"],
         "guidance_high": flags["guidance"], "guidance_low": guidance_low,
         **{name: flags[name] for name in ("prompt", "negative_prompt", "task", "fps", "shift", "solver", "noise_device",
-                                          "lead_steps", "guidance_lead")},
+                                          "lead_steps", "guidance_lead", "guidance_start", "guidance_stop")},
     }  # fmt: skip
     settings = {**base.request, **given(**asked)}
     if flags["prompt"] is not None:
@@ -96,10 +99,19 @@ def read_request(flags: Flags, base: Base) -> dict[str, Any]:
     return settings
 
 
-def read_precision(flags: Flags, base: Base) -> Precision:
-    """Raises RequestError."""
+def read_precision(flags: Flags, base: Base, imagined: Capability | None = None) -> Precision:
+    """A preset over the base, and flags over that. imagined: the card to plan for where there is none. Raises
+    RequestError."""
+    table, name = dict(base.precision), flags["precision"]
+    if name:
+        device = flags["device"] or base.placement.get("device", "auto")
+        table |= preset(name, capability_of(device) or imagined)
     weights = flags["dtype"] or ("bf16" if flags["convert_model_dtype"] else None)
-    return Precision.from_dict({**base.precision, **given(weights=weights, attention=flags["attention"])})
+    if weights and weights not in EIGHT_BIT:
+        table.pop("scope", None)  # of the preset's or file's 8-bit products, which are not wanted
+    asked = given(weights=weights, attention=flags["attention"], scope=flags["scope"], step_cache=flags["step_cache"],
+                  vae=flags["vae_dtype"])  # fmt: skip
+    return Precision.from_dict({**table, **asked})
 
 
 def read_placement(flags: Flags, base: Base) -> Placement:
@@ -112,7 +124,8 @@ def read_placement(flags: Flags, base: Base) -> Placement:
             raise RequestError(f"--offload_model {published} and --offload {offload} contradict each other")
         offload = wanted
     asked = given(device=flags["device"], offload=offload, text_encoder="cpu" if flags["t5_cpu"] else None,
-                  lora_dir=flags["lora_dir"], gpu_memory_limit=limit, save_every=flags["save_every"])  # fmt: skip
+                  lora_dir=flags["lora_dir"], gpu_memory_limit=limit, save_every=flags["save_every"],
+                  prompt_cache=False if flags["no_prompt_cache"] else None)  # fmt: skip
     for name in ("gpus", "ulysses_size", "ring_size", "dit_fsdp", "t5_fsdp"):  # which a batch has not
         if (value := flags.get(name)) is not None and value is not False:
             asked[name] = value
@@ -168,6 +181,23 @@ def parse_bool(flag: str, text: str) -> bool:
     if text.lower() not in known:
         raise RequestError(f"{flag} {text}: neither True nor False")
     return known[text.lower()]
+
+
+def normalize(argv: list[str]) -> tuple[list[str], bool]:
+    """`--frame_num` → `--frame-num`, in names and not in values; `--debug` is taken from wherever it stands."""
+    words: list[str] = []
+    debug = False
+    for place, word in enumerate(argv):
+        if word == "--":
+            return words + argv[place:], debug
+        if word == "--debug":
+            debug = True
+        elif re.match(r"--[A-Za-z]", word):
+            name, equals, value = word.partition("=")
+            words.append(name.replace("_", "-") + equals + value)
+        else:
+            words.append(word)
+    return words, debug
 
 
 def given(**settings: Any) -> dict[str, Any]:

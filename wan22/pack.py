@@ -1,10 +1,12 @@
 """Published queries, keys and values as one product each, without copying a number.
 
 Three products of the same input read it three times, and three narrow ones use a GPU less well than a wide one. The
-packed layer is a plain `nn.Linear` over the published tensors, which lie side by side in memory (`side_by_side`); the
-model's `state_dict` still has the published names, as views, and `load_state_dict` takes them.
+packed layer is one of the same kind (an `nn.Linear`, or 8-bit) over the published tensors, which lie side by side in
+memory (`side_by_side`); the model's `state_dict` still has the published names, as views, and `load_state_dict` takes
+them.
 """
 
+import copy
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,8 +17,8 @@ from torch import Tensor, nn
 from wan22.model import Attention, WanTransformer
 
 PACKED = {"self_attn": "qkv", "cross_attn": "kv"}  # an attention's layers, by their published one-letter names
-KINDS = ("weight", "bias")
-_MEMBER = re.compile("|".join(rf"(.*\.{part})\.([{letters}])\.(weight|bias)" for part, letters in PACKED.items()))
+KINDS = ("weight", "weight_scale", "bias")  # the second of 8-bit layers
+_MEMBER = re.compile("|".join(rf"(.*\.{part})\.([{letters}])\.({'|'.join(KINDS)})" for part, letters in PACKED.items()))
 
 
 def side_by_side(names: Iterable[str]) -> Iterator[list[str]]:
@@ -41,8 +43,9 @@ def pack(model: WanTransformer) -> None:
 def _pack(attention: Attention, names: str) -> None:
     layers = [attention.get_submodule(name) for name in names]
     first: Any = layers[0]
-    joint = nn.Linear(first.in_features, first.out_features * len(names), device="meta", dtype=first.weight.dtype)
-    for kind in KINDS:
+    joint = copy.copy(first)
+    joint.out_features, joint._parameters = first.out_features * len(names), {}
+    for kind in first._parameters:
         parts = [getattr(layer, kind) for layer in layers]
         whole = join([part.detach() for part in parts])
         assert whole is not None, f"{names}.{kind}: tensors apart"

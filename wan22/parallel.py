@@ -170,6 +170,15 @@ class Ranks:
         self.counts.bytes_sent += own.nbytes
         return both[0], both[1]
 
+    def change(self, now: Tensor, before: Tensor) -> float:
+        """`StepCache.change` of all tokens of the first branch, the same number on every rank."""
+        sums = torch.stack([(now - before).abs().sum(), before.abs().sum()]).double()
+        if self.layout is self._guided and self.branch:
+            sums.zero_()
+        tick()
+        dist.all_reduce(sums)
+        return (sums[0] / sums[1]).item()
+
     def _own(self, x: Tensor, dim: int) -> Tensor:
         """The part of a whole sequence that is this rank's."""
         if self.layout.sequence == 1:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 import wan22
 from wan22.attention import Shape, choose
+from wan22.capability import resolve
 from wan22.checkpoint import Checkpoint, Parts, find_checkpoint, hub_cache, open_checkpoint
 from wan22.config import (
     DEFAULT_TASK,
+    GPU_RESERVE,
     MODEL_SPECS,
     Encoding,
     Placement,
@@ -31,15 +33,18 @@ from wan22.config import (
     load_preset,
 )
 from wan22.experts import Experts
-from wan22.load import DTYPES
+from wan22.load import DTYPES, eight_bit_of
 from wan22.lora import Adapters
 from wan22.memory import limit_gpu_memory
 from wan22.names import default_output
 from wan22.parallel import Ranks
-from wan22.plan import Plan, Sizes, pick_tiles, require, require_any
+from wan22.plan import HOST_BASE, Plan, Sizes, pick_tiles, require, require_any
+from wan22.preview import Preview
+from wan22.prompt_cache import Encoded, cache_for
 from wan22.report import Reporter
-from wan22.sampling import denoise, describe_split, draw_noise, evaluate, plan_steps
+from wan22.sampling import denoise, describe_split, draw_noise, evaluate, first_loras, plan_steps
 from wan22.state import Follower, RunState, begin_automatic, begin_given, read_state
+from wan22.step_cache import StepCache
 from wan22.text_encoder import Tokenizer, check_text_encoder, encode_all
 from wan22.vae import VideoVAE, check_vae, to_uint8
 from wan22.vae_parallel import decode_together
@@ -79,12 +84,17 @@ class Pipeline:
         every one of which calls the same of what follows. Raises RequestError."""
         self.checkpoint, self.placement, self.encoding, self.ranks = checkpoint, placement, encoding, ranks
         self.device = ranks.device if ranks else _device(placement.device)
-        self.precision = precision.resolve(self.device.type)
+        self.precision = resolve_precision(precision, self.device)
+        if ranks and ranks.shard_experts and self.precision.scope:
+            raise RequestError(f"--dit_fsdp goes with no {self.precision.weights} weights",
+                               hint="--dtype bf16, or whole experts: without --dit_fsdp")  # fmt: skip
         self.dtype = DTYPES[self.precision.weights]
         check_text_encoder(checkpoint)
         check_vae(checkpoint)
         self.adapters = find_adapters(checkpoint, placement)
-        self.experts = Experts(checkpoint, self.dtype, self.device, self.adapters)
+        self.experts = Experts(
+            checkpoint, self.dtype, self.device, self.adapters, eight_bit=eight_bit_of(self.precision)
+        )
         self.experts.ranks = ranks
         self._attention_chosen = False
         self.sizes = Sizes.of(checkpoint)
@@ -111,6 +121,11 @@ class Pipeline:
         where = find_checkpoint(model) if model or not parts.need_no_base else None
         checkpoint = open_checkpoint(where, parts=parts)
         return cls(checkpoint, precision or Precision(dtype), placement or Placement(device))
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this is the process, of one or several, that writes."""
+        return self.ranks is None or self.ranks.first
 
     @property
     def is_demo(self) -> bool:
@@ -162,18 +177,24 @@ class Pipeline:
         return video_name(folder, request, self.precision, self.identity)
 
     def generate_file(
-        self, request: Request, state: RunState, if_exists: IfExists, keep_latents: bool, reporter: Reporter
-    ) -> Path:
-        """Make the video in a file, encoded while it is decoded, from wherever its state says. The caller leaves the
-        state by whatever is raised: RequestError, RunError."""
+        self, request: Request, state: RunState, if_exists: IfExists, keep_latents: bool, reporter: Reporter,
+        preview: bool = False,
+    ) -> Path:  # fmt: skip
+        """Make the video in a file, encoded while it is decoded, from wherever its state says; with a preview beside it
+        until it is whole. The caller leaves the state by whatever is raised: RequestError, RunError."""
         if not state.finished:
             record = self.record(request)
-            latents = self.denoise(request, reporter, state)
+            early = Preview(self.checkpoint, request, state.output, reporter.warn) if preview and self._speaks else None
+            try:
+                latents = self.denoise(request, reporter, state, early)
+            finally:
+                if early:
+                    early.close()
             state.finish(latents)
             if state.trouble:
                 reporter.warn(f"the latents could not be kept: {state.trouble}")
             with reporter.phase("decode and write"):
-                if self.ranks and not self.ranks.first:
+                if not self._speaks:
                     assert not list(self.decode(latents, reporter))
                 else:
                     state.output = _write(state.output, request, record, self.decode(latents, reporter), if_exists)
@@ -233,18 +254,25 @@ class Pipeline:
         )
         return plan
 
-    def denoise(self, request: Request, reporter: Reporter, state: RunState | None = None) -> Tensor:
+    def denoise(
+        self, request: Request, reporter: Reporter, state: RunState | None = None, preview: Preview | None = None
+    ) -> Tensor:
         """Prompt and noise, or a state that lies on the disk → latents [C, T, H/8, W/8] float32 on the CPU. Raises
         DoesNotFit, RunError."""
         self.choose_attention(request)
-        steps, begun = plan_steps(request), state.begun if state else None
-        if begun and begun.done == len(steps):
+        begun = state.begun if state else None
+        if begun and begun.done == request.num_steps:
             return begun.latents
         plan = self.plan(request)
         assert plan.chosen
         self.experts.use(plan.ladder)
         if self.ranks:
             reporter.note(self.ranks.describe())
+        cold = self.experts.first_ready is None
+        if not begun and self._room_beside_text(plan):
+            # Nearly always the first one's turn; reading takes longer than all that is imported and encoded meanwhile.
+            self.experts.begin(request.spec.experts[0], first_loras(request))
+        steps = plan_steps(request)
         with reporter.phase("encode the text"):
             guided = any(step.guidance != 1 for step in steps)
             prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
@@ -253,6 +281,9 @@ class Pipeline:
         with reporter.phase("denoise"):
             noise = draw_noise(request, self.device)
             reporter.begin_steps(len(steps), begun.done if begun else 0)
+            cache = StepCache(self.precision.step_cache)
+            if self.ranks:
+                cache.change = self.ranks.change  # type: ignore[method-assign]
             try:
                 negative = contexts[1] if guided else None
                 with ticking():
@@ -260,11 +291,16 @@ class Pipeline:
                         request, self.experts, noise, contexts[0], negative,
                         on_step=lambda step: reporter.step(step.index, step.expert, step.timestep),
                         begun=begun, keep=state.keep if state else lambda progress: None, warn=reporter.warn,
+                        cache=cache, look=preview.look if preview else lambda clean: None,
                         evaluate=self.ranks.evaluate if self.ranks else evaluate,
                     )  # fmt: skip
             finally:
                 reporter.end_steps()
+        if cache.threshold:
+            reporter.note(f"the step cache spared {cache.skipped} of {len(steps)} steps", skipped=cache.skipped)
         reporter.stall = self.experts.stall
+        if cold and self.experts.first_ready:
+            reporter.to_first_step = self.experts.first_ready - _process_start()
         if not self.experts.keep_both:
             self.experts.release(host=False)
         if not latents.isfinite().all():
@@ -273,31 +309,55 @@ class Pipeline:
             raise RunError("the latents are not finite numbers", hint="check the files: wan22 download --check FOLDER")
         return latents.cpu()
 
+    def _room_beside_text(self, plan: Plan) -> bool:
+        """Whether an expert may come while the text encoder is still there."""
+        assert plan.chosen
+        needs = plan.chosen.peak("text") + self.sizes.at(self.precision).expert_bytes(self.dtype.itemsize)
+        if plan.gpu:
+            return needs + GPU_RESERVE <= plan.gpu_free
+        return needs + HOST_BASE["cpu"] <= plan.host.free
+
     def encode(self, prompts: list[str], reporter: Reporter, mode: str = "device") -> list[Tensor]:
         """Prompts → contexts, each [M, text_dim], on the CPU. The encoder leaves the device again.
 
         mode: the encoder on the `device`, in a `stream` to it, or on the `cpu`; where memory runs out, the next one.
         Raises RunError.
         """
-        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]:
+        if not self.ranks or self.ranks.shard_text:
+            return self._encode(prompts, reporter, mode)
+        return self.ranks.share(self._encode(prompts, reporter, mode) if self.ranks.first else None)
+
+    def _encode(self, prompts: list[str], reporter: Reporter, mode: str) -> list[Tensor]:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]
+        on = torch.device("cpu") if mode == "cpu" else self.device
+        cache = cache_for(self.checkpoint, self.dtype, on) if self.placement.prompt_cache and missing else None
+        encoded = {prompt: found for prompt in missing if cache and (found := cache.get(prompt))}
+        if self.ranks and self.ranks.shard_text:  # all must miss the same
+            encoded = self.ranks.share(encoded)
+        cut = {prompt for prompt, found in encoded.items() if found.cut}
+        self._contexts |= {prompt: found.context for prompt, found in encoded.items()}
+        if missing := [prompt for prompt in missing if prompt not in encoded]:
             tokenizer = Tokenizer(self.checkpoint.tokenizer, MODEL_SPECS[DEFAULT_TASK].text_len)
-            ids = {}
-            for prompt in missing:
-                ids[prompt], cut = tokenizer(prompt)
-                if cut:
-                    said = f"the prompt is longer than {tokenizer.max_tokens} tokens; the rest is cut: {prompt[:40]}…"
-                    reporter.warn(said)
+            tokens = {prompt: tokenizer(prompt) for prompt in missing}
+            cut |= {prompt for prompt, (_, too_long) in tokens.items() if too_long}
+            troubles = []
 
             def say(trouble: str) -> None:
                 self.experts.release()
                 reporter.warn(trouble)
+                troubles.append(trouble)
 
-            ranks, encoded = self.ranks, None
-            if not ranks or ranks.first or ranks.shard_text:
-                world = ranks.mesh.world if ranks and ranks.shard_text else 1
-                encoded = encode_all(self.checkpoint, self.dtype, self.device, ids, mode, say, world)
-            self._contexts |= ranks.share(encoded) if ranks else encoded or {}
+            ids = {prompt: found for prompt, (found, _) in tokens.items()}
+            world = self.ranks.mesh.world if self.ranks and self.ranks.shard_text else 1
+            contexts = encode_all(self.checkpoint, self.dtype, self.device, ids, mode, say, world)
             self.experts.memory.trim()
+            self._contexts |= contexts
+            if cache and not troubles and self._speaks:  # after which it was perhaps another device's work
+                for prompt, context in contexts.items():
+                    cache.put(prompt, Encoded(context, prompt in cut))
+        for prompt in (prompt for prompt in dict.fromkeys(prompts) if prompt in cut):
+            most = MODEL_SPECS[DEFAULT_TASK].text_len
+            reporter.warn(f"the prompt is longer than {most} tokens; the rest is cut: {prompt[:40]}…")
         return [self._contexts[prompt] for prompt in prompts]
 
     def decode(self, latents: Tensor, reporter: Reporter | None = None) -> Iterator[np.ndarray]:
@@ -307,24 +367,27 @@ class Pipeline:
             yield from self._decode_together(latents, self.ranks)
             return
         tiles: Grid = (1, 1)
+        dtype = DTYPES[self.precision.vae]
         for beside in ("experts", "nothing"):
-            tiles = pick_tiles(latents.shape, self.sizes, self.experts.memory.free(self.placement.gpu_memory_limit))
+            free = self.experts.memory.free(self.placement.gpu_memory_limit)
+            tiles = pick_tiles(latents.shape, self.sizes, free, dtype.itemsize)
             if tiles != (1, 1) and beside == "experts":
                 self.experts.release()
-        vae = VideoVAE(self.checkpoint, self.device)
+        vae = VideoVAE(self.checkpoint, self.device, dtype)
         for chunk in vae.decode(latents.to(self.device), tiles, reporter.warn):
             yield to_uint8(chunk)
 
     def _decode_together(self, latents: Tensor, ranks: Ranks) -> Iterator[np.ndarray]:
         """On the first rank the frames, on the others none."""
         tiles: Grid = (1, 1)
+        dtype = DTYPES[self.precision.vae]
         for beside in ("experts", "nothing"):
             free = self.experts.memory.free(self.placement.gpu_memory_limit) // ranks.on_this_device
-            tiles = pick_tiles(latents.shape, self.sizes, min(ranks.gather(free)), ranks.mesh.world)
+            tiles = pick_tiles(latents.shape, self.sizes, min(ranks.gather(free)), dtype.itemsize, ranks.mesh.world)
             if tiles != rank_grid(latents.shape, ranks.mesh.world) and beside == "experts":
                 self.experts.release()
         with ticking():
-            vae = VideoVAE(self.checkpoint, self.device)
+            vae = VideoVAE(self.checkpoint, self.device, dtype)
             yield from decode_together(vae, latents.to(self.device), tiles, ranks)
 
     def decode_file(self, file: Path, output: Path | None, overwrite: bool, reporter: Reporter) -> Path:
@@ -346,10 +409,23 @@ class Pipeline:
             return _write(output or file.with_name(f"{stem}.mp4"), request, saved.record, chunks, policy)
 
 
+def _process_start() -> float:
+    """When this process was started, as time.time() has it: when Enter was pressed, for a command."""
+    import psutil
+
+    return psutil.Process().create_time()
+
+
 def video_name(folder: Path, request: Request, precision: Precision, identity: str) -> Path:
     """A name made of the prompt and a digest of all that decides the picture; request and precision are resolved."""
     decides = digest(request.to_dict(), precision.to_dict(), {"": identity})
     return default_output(folder, request.original_prompt or request.prompt, decides)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """A precision as this device runs it. Raises RequestError for what it cannot do."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return resolve(precision, device.type, capability)
 
 
 def find_adapters(checkpoint: Checkpoint, placement: Placement) -> Adapters:
@@ -361,11 +437,15 @@ def find_adapters(checkpoint: Checkpoint, placement: Placement) -> Adapters:
 
 
 def _device(name: str) -> torch.device:
+    """A placement's device; a GPU with its number, without which some of torch's functions refuse it. Raises
+    RequestError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RequestError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise RequestError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
 
 

@@ -27,6 +27,7 @@ from wan22.sizes import (
     Sizes,
     Terms,
     block_moments,
+    cache_terms,
     host_terms,
     lasting_terms,
     text_terms,
@@ -96,27 +97,31 @@ def make_plan(
     """gpu: its room, None for a run on the CPU; fused: whether the Triton kernels run, which they do on a GPU; shares:
     of one rank, where there are several. Never raises for what does not fit: the plan says so."""
     device = "cuda" if gpu else "cpu"
-    item = ITEM[precision.resolve(device).weights]
+    precision = precision.resolve(device)
+    item, sizes = ITEM[precision.weights], sizes.at(precision)
     fused = device == "cuda" if fused is None else fused
-    moments = block_moments(-(-tokens_of(request) // shares.sequence), sizes, item, fused)
+    tokens = -(-tokens_of(request) // shares.sequence)
+    moments = block_moments(tokens, sizes, item, fused, precision.attention.startswith("int8"))
     if shares.sequence > 1:
         # q, k and v to others, from others, put together; what is attended to others and from them.
         moments["attention"]["exchanged"] = 8 * moments["attention"]["h"]
         residual = moments["norm"]["residual"]
         moments["embedding"] = {"all tokens": 4 * tokens_of(request) * sizes.dim, "residual": residual}
     moment = max(moments, key=lambda name: total(moments[name]))
-    activations = lasting_terms(request, sizes, item) | {f"{moment}: {name}": n for name, n in moments[moment].items()}
+    lasting = lasting_terms(request, sizes, item) | cache_terms(request, sizes, precision)
+    activations = lasting | {f"{moment}: {name}": n for name, n in moments[moment].items()}
     if shares.world > 1 and gpu:
         activations["communicators"] = COMMUNICATORS
     budget = None
     if gpu:
         budget = min(gpu.free, placement.gpu_memory_limit or gpu.free) - GPU_RESERVE
     text = "cpu" if placement.text_encoder == "cpu" else _text_mode(sizes, item, budget, shares.text_shards)
+    vae = ITEM[precision.vae]
     room = (host.free - shares.processes * HOST_BASE[device]) // shares.processes if budget is None else budget
-    tiles = pick_tiles(request.latent_shape, sizes, room, shares.world)
+    tiles = pick_tiles(request.latent_shape, sizes, room, vae, shares.world)
     phases = {
         "text": text_terms("device" if device == "cpu" else text, sizes, item, shares.text_shards),
-        "decode": decode_terms(request.latent_shape, sizes.vae_width, tiles),
+        "decode": decode_terms(request.latent_shape, sizes.vae_width, tiles, vae),
     }
     text_on_host = {} if text == "device" or device == "cpu" else {"text encoder": sizes.text_encoder * item}
     options = []
@@ -199,6 +204,8 @@ def require_any(
     try:
         return require(request, precision, placement, sizes, gpu, host, shares), False
     except DoesNotFit:
+        if precision.resolve("cuda" if gpu else "cpu").scope:
+            raise  # weights in 8 bits are not sharded
         return require(request, precision, placement, sizes, gpu, host, replace(shares, shards=shares.world)), True
 
 
@@ -276,11 +283,13 @@ def _text_mode(sizes: Sizes, item: int, budget: int | None, shards: int = 1) -> 
     return "cpu"
 
 
-def pick_tiles(latent_shape: Sequence[int], sizes: Sizes, room: int, ranks: int = 1) -> Grid:
+def pick_tiles(latent_shape: Sequence[int], sizes: Sizes, room: int, item: int = 4, ranks: int = 1) -> Grid:
     """The coarsest grid of the VAE's tiles, one a rank or more, that fits into `room` bytes; the finest where none
-    does."""
+    does. item: bytes of the decoder's dtype."""
     tiles: Grid = rank_grid(latent_shape, ranks)
-    while total(decode_terms(latent_shape, sizes.vae_width, tiles)) > room and (grid := finer(tiles, latent_shape)):
+    while total(decode_terms(latent_shape, sizes.vae_width, tiles, item)) > room and (
+        grid := finer(tiles, latent_shape)
+    ):
         tiles = grid
     return tiles
 

@@ -3,6 +3,9 @@
 A tensor that needs no change is read straight into its place. Any other goes through a small buffer (on a GPU: two
 pinned ones a thread, copied on the thread's own stream while the next piece is read), is scaled or dequantized there,
 and cast into its place: host memory holds the result and the buffers, never a file, and nothing stays mapped.
+
+The cast is a tenth of the work. What costs is the first touch of every page of the result (memory.py has large ones),
+and a disk that is asked for too little, or by several threads for the same: each piece is asked for ahead of its turn.
 """
 
 import contextlib
@@ -14,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from io import FileIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wan22.config import RequestError
+from wan22.config import RequestError, RunError
 from wan22.watch import tick
 
 if TYPE_CHECKING:
@@ -28,7 +32,9 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
 READERS = 4
 BUFFER_BYTES = 4 << 20  # a thread; 16 MiB measured no faster, and from 4 MiB the cast still finds half in the cache
 DECODED_ELEMENTS = 1 << 18  # a piece of GGML blocks: unpacking makes several float32 arrays of this length
-WARM_BYTES = 64 << 20
+AHEAD = 8  # pieces that the system is asked to read meanwhile
+ASKED_BYTES = 512 << 10  # at a time: Linux cuts a larger wish to what the disk takes at once, and forgets the rest
+DISK_HINT = "the disk or the network behind it fails: wan22 download --check DIR reads every file"
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,12 @@ class _Piece(NamedTuple):
     start: int  # in elements
     length: int
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where it lies in its file: offset and length in bytes."""
+        elements, size = self.job.entry.block
+        return self.job.entry.offset + self.start // elements * size, self.length // elements * size
+
 
 @cache
 def torch_dtypes() -> "dict[str, torch.dtype]":
@@ -90,25 +102,26 @@ def torch_dtypes() -> "dict[str, torch.dtype]":
 
 
 def read_entries(jobs: Sequence[Job]) -> None:
-    """Fill every target, each cast to its dtype. Raises RequestError for a file that changed since it was opened."""
+    """Fill every target, each cast to its dtype. Raises RequestError for a file that changed since it was opened,
+    RunError for one that the disk does not give."""
     jobs = sorted(jobs, key=lambda job: (job.entry.path, job.entry.offset))
     if not (pieces := list(_pieces(jobs))):
         return
     # Unpacking is arithmetic, and the processor's limit; the rest is the disk's.
     most = max(READERS, min(16, os.cpu_count() or 1)) if any(job.entry.is_packed for job in jobs) else READERS
-    left, lock, stop = iter(pieces), threading.Lock(), threading.Event()
+    left, lock, stop = iter(zip_longest(pieces, pieces[AHEAD:])), threading.Lock(), threading.Event()
 
     def work(lane: _Lane) -> None:
         with contextlib.closing(lane):
             while not stop.is_set():
                 with lock:
-                    piece = next(left, None)
+                    piece, later = next(left, (None, None))
                 if piece is None:
                     return
-                lane.read(piece)
+                lane.read(piece, later)
                 tick()
 
-    lanes = [_Lane(jobs[0].target.device) for _ in range(min(most, len(pieces)))]
+    lanes = [_Lane(jobs[0].target.device, number) for number in range(min(most, len(pieces)))]
     with ThreadPoolExecutor(len(lanes)) as pool:
         working = [pool.submit(work, lane) for lane in lanes]
         try:
@@ -131,16 +144,24 @@ def _pieces(jobs: Iterable[Job]) -> Iterator[_Piece]:
         yield from (_Piece(job, start, min(step, total - start)) for start in range(0, total, step))
 
 
+@cache
+def _stream(device: "torch.device", number: int) -> Any:
+    """A lane's stream, the same every time: torch's allocator keeps memory back for every stream that it has seen."""
+    import torch
+
+    return torch.cuda.Stream(device)
+
+
 class _Lane:
     """What one thread reads with: an open file, its buffers, and on a GPU a stream of its own."""
 
-    def __init__(self, device: "torch.device") -> None:
+    def __init__(self, device: "torch.device", number: int) -> None:
         import torch
 
         self.stream: Any = None
         self.turn = 0
         if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device)
+            self.stream = _stream(device, number)
             # The targets' memory may still be in use by work queued before.
             self.stream.wait_stream(torch.cuda.current_stream(device))
             self.copied = [torch.cuda.Event(), torch.cuda.Event()]
@@ -156,20 +177,23 @@ class _Lane:
         if self.stream is not None:
             self.stream.synchronize()
 
-    def read(self, piece: _Piece) -> None:
+    def read(self, piece: _Piece, later: _Piece | None) -> None:
+        """Bring a piece to its place; `later`: one whose turn comes soon."""
         import torch
 
         job, start, length = piece
         entry, target, scale = job
         place = target.view(-1)[start : start + length]
-        elements, size = entry.block
-        offset, nbytes = entry.offset + start // elements * size, length // elements * size
+        offset, nbytes = piece.span
+        self._open(entry.path)
+        if later and later.job.entry.path == entry.path:
+            self._ask_for(*later.span)
         dtype = None if entry.is_packed else torch_dtypes()[entry.dtype]
         if scale is None and target.dtype == dtype and target.device.type == "cpu":
-            self._fill(entry.path, offset, place.view(torch.uint8).numpy())
+            self._fill(offset, place.view(torch.uint8).numpy())
             return
         buffer = self._free_buffer(nbytes)[:nbytes]
-        self._fill(entry.path, offset, buffer.numpy())
+        self._fill(offset, buffer.numpy())
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             if dtype is None:
                 numbers = unpack(buffer.numpy(), entry.dtype).to(target.device)
@@ -192,17 +216,31 @@ class _Lane:
             self.copied[self.turn].synchronize()
         return self.buffers[self.turn]
 
-    def _fill(self, path: Path, offset: int, array: Any) -> None:
-        """Read the file's bytes from `offset` on into an array of bytes."""
+    def _open(self, path: Path) -> None:
         if self.file is None or self.file.name != path:
             if self.file:
                 self.file.close()
             self.file = FileIO(path)  # type: ignore[arg-type]  # it takes paths, and keeps them as its name
+
+    def _ask_for(self, offset: int, nbytes: int) -> None:
+        """The system's own reading ahead sees threads that jump about, and several reading the same."""
+        assert self.file
+        with contextlib.suppress(OSError):  # it is only a wish
+            for start, length in _wishes(offset, nbytes):
+                os.posix_fadvise(self.file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+
+    def _fill(self, offset: int, array: Any) -> None:
+        """Read the open file's bytes from `offset` on into an array of bytes."""
+        assert self.file
         self.file.seek(offset)
         view, done = memoryview(array), 0
         while done < len(view):
-            if not (read := self.file.readinto(view[done:])):
-                raise RequestError(f"{path}: ended while it was read; was it replaced meanwhile?")
+            try:
+                read = self.file.readinto(view[done:])
+            except OSError as error:  # which names no file
+                raise RunError(f"{self.file.name}: cannot be read: {error.strerror}", hint=DISK_HINT) from None
+            if not read:
+                raise RequestError(f"{self.file.name}: ended while it was read; was it replaced meanwhile?")
             done += read
 
 
@@ -215,17 +253,22 @@ def unpack(raw: Any, dtype: str) -> "torch.Tensor":
     return torch.from_numpy(gguf.quants.dequantize(raw.reshape(1, -1), gguf.GGMLQuantizationType[dtype])).view(-1)
 
 
+def _wishes(offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Bytes of a file as offsets and lengths that the system can be asked to read ahead; nothing where it cannot be
+    asked (macOS, Windows)."""
+    end = offset + nbytes if hasattr(os, "posix_fadvise") else offset
+    return ((start, min(ASKED_BYTES, end - start)) for start in range(offset, end, ASKED_BYTES))
+
+
 def warm(paths: Iterable[Path], stop: threading.Event) -> None:
     """Ask the system to bring files into its page cache, in order; returns early once `stop` is set.
 
-    Does nothing where the system cannot be asked (macOS, Windows). Whether there is room is the caller's to know.
+    Whether there is room is the caller's to know.
     """
-    if not hasattr(os, "posix_fadvise"):
-        return
     with contextlib.suppress(OSError):  # whoever reads the files will say what is wrong with them
         for path in paths:
             with open(path, "rb") as file:
-                for offset in range(0, os.fstat(file.fileno()).st_size, WARM_BYTES):
+                for start, length in _wishes(0, os.fstat(file.fileno()).st_size):
                     if stop.is_set():
                         return
-                    os.posix_fadvise(file.fileno(), offset, WARM_BYTES, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)

@@ -25,6 +25,7 @@ class Reporter:
     def __init__(self) -> None:
         self.phases: list[Phase] = []
         self.stall: float | None = None  # seconds that steps waited for an expert, but for the first
+        self.to_first_step: float | None = None  # seconds from the program's start till the first step could begin
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -87,6 +88,8 @@ class ConsoleReporter(Reporter):
             print(f"  {phase.name:<16}{phase.seconds:8.1f} s  {memory}".rstrip(), file=sys.stderr)
         if self.stall is not None:
             print(f"  {'expert switch':<16}{self.stall:8.1f} s  waited, in denoise", file=sys.stderr)
+        if self.to_first_step is not None:
+            print(f"  {'to first step':<16}{self.to_first_step:8.1f} s  from the program's start", file=sys.stderr)
         print(f"  {'all':<16}{sum(phase.seconds for phase in self.phases):8.1f} s", file=sys.stderr)
         print(path, flush=True)
 
@@ -105,7 +108,7 @@ class JsonReporter(Reporter):
 
     def finished(self, path: str) -> None:
         self._emit("finished", path=path, phases=[vars(phase) for phase in self.phases],
-                   stall=self.stall)  # fmt: skip
+                   stall=self.stall, to_first_step=self.to_first_step)  # fmt: skip
 
     def _emit(self, event: str, **data: Any) -> None:
         print(json.dumps({"event": event, **data}, ensure_ascii=False), flush=True)

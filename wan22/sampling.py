@@ -3,6 +3,7 @@
 Legend: C T H W latents, S steps; timesteps run from 1000 (noise) to 0, sigma = timestep / 1000.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from wan22.config import Lora, Request, RequestError, Residency, RunError
 from wan22.memory import OUT_OF_MEMORY
 from wan22.model import ContextKV, WanTransformer
 from wan22.state import Progress
+from wan22.step_cache import MOST_SKIPPED, StepCache, always_computed
 
 
 class Experts(Protocol):
@@ -70,6 +72,7 @@ def make_solver(request: Request) -> Any:
     timesteps = torch.from_numpy(sigmas * train)
     solver.timesteps = timesteps.float() if request.solver == "euler" else timesteps.to(torch.int64)
     solver.sigmas = torch.from_numpy(np.append(sigmas, 0.0)).float()
+    solver.set_begin_index(0)  # not looked for by its timestep: the first two are the same number in many small steps
     return solver
 
 
@@ -107,11 +110,20 @@ def plan_steps(request: Request) -> list[Step]:
     if late := sum(step.expert != high for step in steps[: request.lead_steps]):
         raise RequestError(f"--lead-steps {request.lead_steps}: {late} of them would be low noise",
                            hint="more --steps, a higher --shift, or fewer lead steps")  # fmt: skip
-    loras = tuple(
+    loras = first_loras(request)
+    lead = [replace(step, guidance=request.guidance_lead, loras=loras) for step in steps[: request.lead_steps]]
+    steps = lead + steps[request.lead_steps :]
+    start, stop = request.guidance_start * request.num_steps, request.guidance_stop * request.num_steps
+    return [step if start <= step.index < stop else replace(step, guidance=1.0) for step in steps]
+
+
+def first_loras(request: Request) -> tuple[Lora, ...]:
+    """The adapters with their strengths at the first step."""
+    if not request.lead_steps:
+        return request.loras
+    return tuple(
         lora if lora.lead_strength is None else replace(lora, strength=lora.lead_strength) for lora in request.loras
     )
-    lead = [replace(step, guidance=request.guidance_lead, loras=loras) for step in steps[: request.lead_steps]]
-    return lead + steps[request.lead_steps :]
 
 
 def describe_split(steps: Sequence[Step], experts: tuple[str, str]) -> str:
@@ -164,6 +176,11 @@ def guided_velocity(
     return unconditional[0] + step.guidance * (conditional[0] - unconditional[0])
 
 
+def _work(step: Step) -> tuple[Any, ...]:
+    """What an expert is asked for with, and its prompts are made for."""
+    return step.expert, step.loras, step.guidance != 1
+
+
 @torch.inference_mode()
 def denoise(
     request: Request,
@@ -175,6 +192,8 @@ def denoise(
     begun: Progress | None = None,
     keep: Callable[[Progress], None] = lambda progress: None,
     warn: Callable[[str], None] = lambda text: None,
+    cache: StepCache | None = None,
+    look: Callable[[Callable[[], Tensor]], None] = lambda clean: None,
     evaluate: Evaluate = evaluate,
 ) -> Tensor:
     """Integrate from noise to latents, [C, T, H, W] float32 both.
@@ -182,36 +201,66 @@ def denoise(
     context, negative_context: [M, text_dim], unpadded; the negative one may be None where no step's guidance needs it.
     `on_step` is called after each step. An expert is asked for at its first step and where its adapters or the need
     for guidance change; its prompt keys and values are made then, once; the others' are dropped. `begun` goes on from
-    there instead of the noise; `keep` is given what it takes to do so, after each step. Where memory runs out, the step
+    there instead of the noise; `keep` is given what it takes to do so, after each step, and `look` what makes the clean
+    latents that the step was heading for. Where memory runs out, the step
     is taken again with the experts' next smaller residency, which `warn` is told. Raises RunError where there is none.
+
+    cache: of this run alone; it is emptied where an expert is asked for. What it remembers is large, and is no part of
+    the progress: that keeps the latents of the last step that was computed, which is computed again to fill the cache.
     """
+    cache = cache or StepCache(0)
+    try:
+        return _denoise(request, experts, noise, context, negative_context, on_step, begun, keep, warn, cache, look)
+    finally:
+        cache.detach()
+
+
+def _denoise(
+    request: Request, experts: Experts, noise: Tensor, context: Tensor, negative_context: Tensor | None,
+    on_step: Callable[[Step], None], begun: Progress | None, keep: Callable[[Progress], None],
+    warn: Callable[[str], None], cache: StepCache, look: Callable[[Callable[[], Tensor]], None],
+) -> Tensor:  # fmt: skip
     solver, latents = make_solver(request), noise
+    computed: tuple[int, Tensor] | None = None  # the last step that was not skipped, and its latents
     if begun:
         latents = begun.latents.to(noise.device)
         remind(solver, begun.solver, noise.device)
+        computed = begun.computed and (begun.computed[0], begun.computed[1].to(noise.device))
     working: tuple[Any, ...] = ()
     model: Any = None
     prompt: Any = None
     negative: ContextKV | None = None
-    todo = plan_steps(request)[begun.done if begun else 0 :]
+    steps = plan_steps(request)
+    todo, always = steps[begun.done if begun else 0 :], always_computed([step.expert for step in steps])
     while todo:
         step, before, trouble = todo[0], remember(solver), ""
         velocity: Any = None
         try:
-            if (step.expert, step.loras, step.guidance != 1) != working:
+            if _work(step) != working:
+                cache.detach()
                 model = prompt = negative = None  # let go first: there may be no room for two
                 model = experts.get(step.expert, step.loras)
-                working = (step.expert, step.loras, step.guidance != 1)
+                working = _work(step)
                 prompt = model.embed_context(context[None])
                 if step.guidance != 1 and negative_context is not None:
                     negative = model.embed_context(negative_context[None])
-                if after := next((at for at in todo if (at.expert, at.loras) != (step.expert, step.loras)), None):
-                    experts.expect(after.expert, after.loras)
+                if later := next((at for at in todo if (at.expert, at.loras) != (step.expert, step.loras)), None):
+                    experts.expect(later.expert, later.loras)
+                cache.attach(model)
+                if computed and _work(steps[computed[0]]) == working:  # in the middle of its turn: as it was
+                    cache.begin_step(may_skip=False)
+                    guided_velocity(model, computed[1], steps[computed[0]], prompt, negative, evaluate)
+            last = computed[0] if computed else step.index
+            cache.begin_step(may_skip=step.index not in always and step.index - last <= MOST_SKIPPED)
             velocity = guided_velocity(model, latents, step, prompt, negative, evaluate)
-            latents = solver.step(velocity[None], solver.timesteps[step.index], latents[None], return_dict=False)[0][0]
+            after = solver.step(velocity[None], solver.timesteps[step.index], latents[None], return_dict=False)[0][0]
+            if cache.end_step():
+                computed = step.index, latents
+            noisy, latents = latents, after
         except OUT_OF_MEMORY as error:
             trouble = str(error).partition(". ")[0] or "no more is known"
         if trouble:  # not inside `except`: the error holds on to all that was at work
+            cache.detach()
             model = prompt = negative = velocity = None
             working = ()
             remind(solver, before, noise.device)
@@ -221,6 +270,13 @@ def denoise(
             warn(f"out of memory in step {step.index + 1}: going on from there with --offload {smaller.kind}")
             continue
         todo = todo[1:]
-        keep(Progress(step.index + 1, latents, remember(solver)))
+        keep(Progress(step.index + 1, latents, remember(solver), computed if cache.threshold else None))
         on_step(step)
+        look(functools.partial(clean, noisy, velocity, float(solver.sigmas[step.index])))
     return latents
+
+
+def clean(noisy: Tensor, velocity: Tensor, sigma: float) -> Tensor:
+    """Where a straight way from these latents ends: x − sigma · v, as x = (1 − sigma) · clean + sigma · noise and
+    v = noise − clean."""
+    return noisy - sigma * velocity

@@ -95,8 +95,8 @@ class Copies:
     def join(self) -> None:
         """The others' parts; every rank calls it at once, with the same tensors."""
         for name in self._begins:
-            part = self._own[name]
-            all_gather(self._state[name], part if part.is_cuda else part.clone())  # in place, where that is allowed
+            whole, part = (state[name].flatten().view(torch.uint8) for state in (self._state, self._own))
+            all_gather(whole, part if part.is_cuda else part.clone())  # in place, where that is allowed
 
 
 def shard_text_encoder(model: nn.Module, layers: Sequence[nn.Module], memory: Memory, world: int) -> "Parts":

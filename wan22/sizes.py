@@ -6,17 +6,17 @@ The terms are named so that measured peaks can be held against them; those of a 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Self
 
-from wan22.config import CHUNK_TOKENS, Request, Residency, configs_dir
+from wan22.config import CHUNK_TOKENS, Precision, Request, Residency, configs_dir
 
 if TYPE_CHECKING:
     from wan22.checkpoint import Checkpoint
 
 Terms = dict[str, int]  # bytes by name
-ITEM = {"float32": 4, "bf16": 2}
+ITEM = {"float32": 4, "bf16": 2, "fp8": 2, "int8": 2}  # bytes of what is not always float32 and not in 8 bits
 KEPT_FLOAT32 = ("patch_embedding", "time_embedding", "time_projection", "head.", "modulation", "norm")  # by model.py
 SOLVER_COPIES = 8  # of the latents: noise, solver history, two velocities, their combination
 
@@ -38,6 +38,8 @@ class Sizes:
     files: int
     num_heads: int
     text_len: int = 512
+    eight_bit: int = 0  # of the block's elements
+    scales: int = 0  # float32 numbers beside them: one an output channel
 
     @classmethod
     def published(cls) -> Self:
@@ -73,11 +75,21 @@ class Sizes:
         return cls(**_expert_sizes(expert.shapes), text_encoder=elements, text_embedding=embedding, text_heads=heads,
                    vae_width=width, files=files, num_heads=first.config["num_heads"])  # fmt: skip
 
+    def at(self, precision: Precision) -> Self:
+        """The same model with its blocks' products in 8 bits, where a resolved precision has them so (quantize.py)."""
+        if not precision.scope:
+            return self
+        elements, scales = 2 * self.dim * self.ffn_dim, self.dim + self.ffn_dim
+        if precision.scope == "all":  # q, k, v, o of self-attention, q and o of cross-attention
+            elements, scales = elements + 6 * self.dim**2, scales + 6 * self.dim
+        return replace(self, eight_bit=elements, scales=scales)
+
     def rest_bytes(self, item: int) -> int:
         return 4 * self.rest[0] + item * self.rest[1]
 
     def block_bytes(self, item: int) -> int:
-        return 4 * self.block[0] + item * self.block[1]
+        plain = item * (self.block[1] - self.eight_bit)
+        return 4 * (self.block[0] + self.scales) + plain + self.eight_bit
 
     def expert_bytes(self, item: int) -> int:
         return self.rest_bytes(item) + self.num_layers * self.block_bytes(item)
@@ -99,9 +111,12 @@ def total(terms: Terms) -> int:
 
 
 # --- the terms -------------------------------------------------------------------------------------------------------
-def block_moments(tokens: int, sizes: Sizes, item: int, fused: bool) -> dict[str, Terms]:
+def block_moments(
+    tokens: int, sizes: Sizes, item: int, fused: bool, eight_bit_attention: bool = False
+) -> dict[str, Terms]:
     """What is alive at each moment of a block, beside weights and what lasts. fused: the Triton kernels work in place
-    or write only their result; the plain operations make float32 arrays on the way.
+    or write only their result; the plain operations make float32 arrays on the way. With 8-bit products an activation
+    before one takes half of what stands here.
 
     R is the residual stream, 4 · L · E bytes: updated in place. B is e · L · E: one activation in the weights' dtype.
     """
@@ -115,7 +130,8 @@ def block_moments(tokens: int, sizes: Sizes, item: int, fused: bool) -> dict[str
         "q k v": {"residual": r, "h": b, "q k v": 3 * b, "new q k": 2 * b if fused else b,
                   "float32 arrays": 0 if fused else 3 * r},
         # o(attend(q, k, v)): all alive till it returns, the packed product for v's sake
-        "attention": {"residual": r, "h": b, "q k v": 3 * b, "new q k": 2 * b, "attended": b, "o": b},
+        "attention": {"residual": r, "h": b, "q k v": 3 * b, "new q k": 2 * b, "attended": b, "o": b,
+                      **({"8-bit q k v": 3 * tokens * sizes.dim} if eight_bit_attention else {})},
         # x += y, then the norm of it
         "sum": {"residual": r, "y": b, "h": b, "float32 arrays": 0 if fused else 2 * r},
         # h, q, normed q, attended, o; keys and values are the prompt's, and last
@@ -131,14 +147,27 @@ def block_moments(tokens: int, sizes: Sizes, item: int, fused: bool) -> dict[str
 
 def lasting_terms(request: Request, sizes: Sizes, item: int) -> Terms:
     """What a run of steps keeps beside weights: both prompts' keys and values, latents and solver, rotary table."""
-    branches = 2 if max(request.guidance_high, request.guidance_low) != 1 else 1
     return {
-        "keys and values of prompts": branches * sizes.num_layers * 2 * sizes.text_len * sizes.dim * item,
+        "keys and values of prompts": _branches(request) * sizes.num_layers * 2 * sizes.text_len * sizes.dim * item,
         "latents and solver": SOLVER_COPIES * 4 * prod(request.latent_shape),
         "rotary table": 2 * 4 * tokens_of(request) * 64,
         # A block on its way to the host's memory is merged on the device, its largest tensor in float32 beside it.
         **({"merging adapters": sizes.block_bytes(item) + 4 * sizes.ffn_dim * sizes.dim} if request.loras else {}),
+        # And quantized: the float32 numbers, their quotients, and the 8-bit ones.
+        **({"quantizing": sizes.block_bytes(item) + 9 * sizes.ffn_dim * sizes.dim} if sizes.eight_bit else {}),
     }
+
+
+def cache_terms(request: Request, sizes: Sizes, precision: Precision) -> Terms:
+    """Of the step cache: what each branch keeps, and the residual stream after the first block."""
+    if not precision.step_cache:
+        return {}
+    numbers = tokens_of(request) * sizes.dim
+    return {"step cache": numbers * (_branches(request) * ITEM[precision.weights] + 4)}
+
+
+def _branches(request: Request) -> int:
+    return 2 if max(request.guidance_high, request.guidance_low) != 1 else 1
 
 
 def tokens_of(request: Request) -> int:

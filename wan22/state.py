@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from wan22 import claim
 from wan22.config import RequestError
-from wan22.names import CLAIM, STATE, beside, exists, numbered, staging_prefix, sync, sync_entry
+from wan22.names import CLAIM, PREVIEW, STATE, beside, exists, numbered, staging_prefix, sync, sync_entry
 from wan22.record import read_record
 from wan22.tensor_files import read_header
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+COMPUTED = "computed.latents"
 OVERWRITE = "--overwrite begins anew; or name another --output"
 
 
@@ -37,12 +38,14 @@ class Progress:
     """A run after `done` of its steps: all that the rest depends on, beside request and weights.
 
     latents: [C, T, H, W] float32; solver: what a diffusers scheduler remembers from step to step, by attribute:
-    tensors, whole numbers, None, and lists of these.
+    tensors, whole numbers, None, and lists of these; computed: with a step cache, the number (from 0) and the latents
+    of the last step that was not skipped.
     """
 
     done: int
     latents: "Tensor"
     solver: dict[str, Any]
+    computed: "tuple[int, Tensor] | None" = None
 
 
 class Busy(RequestError):
@@ -69,6 +72,7 @@ class Saved:
     steps: int
     automatic: bool
     solver: dict[str, Any]  # a text is the name of a tensor in the file
+    computed: int | None  # the number of the step whose latents are there too
 
     def progress(self) -> Progress:
         """Its tensors, on the CPU. Raises RequestError."""
@@ -87,7 +91,8 @@ class Saved:
             name: [fill(item) for item in value] if isinstance(value, list) else fill(value)
             for name, value in self.solver.items()
         }
-        return Progress(self.done, tensors["latents"], solver)
+        computed = None if self.computed is None else (self.computed, tensors[COMPUTED])
+        return Progress(self.done, tensors["latents"], solver, computed)
 
 
 def read_state(path: Path) -> Saved:
@@ -97,9 +102,10 @@ def read_state(path: Path) -> Saved:
         metadata = json.loads(header)["__metadata__"]
         state = json.loads(metadata["state"])
         saved = Saved(path, json.loads(metadata["wan22"]), int(state["done"]), int(state["steps"]),
-                      bool(state["automatic"]), dict(state["solver"]))  # fmt: skip
+                      bool(state["automatic"]), dict(state["solver"]), state.get("computed"))  # fmt: skip
         named = {item for value in saved.solver.values() for item in (value if isinstance(value, list) else [value])}
-        whole = {item for item in named if isinstance(item, str)} | {"latents"} == set(entries)
+        latents = {"latents"} if saved.computed is None else {"latents", COMPUTED}
+        whole = {item for item in named if isinstance(item, str)} | latents == set(entries)
         if not isinstance(saved.record["request"], dict) or not whole:
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -214,6 +220,7 @@ class RunState:
             self._writer.join()
         self._latest = None
         self.path.unlink(missing_ok=True)
+        beside(self.output, PREVIEW).unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -255,7 +262,7 @@ class RunState:
             metadata = {
                 "wan22": json.dumps(self.record),
                 "state": json.dumps({"done": progress.done, "steps": self.steps, "automatic": self._automatic,
-                                     "solver": named}),
+                                     "solver": named, "computed": progress.computed and progress.computed[0]}),
             }  # fmt: skip
             partial = self.path.with_name(staging_prefix(self.output) + "state")
             _write(partial, _on_cpu(latents, ready), metadata)
@@ -381,7 +388,7 @@ def _sweep(folder: Path) -> None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 def _named_tensors(progress: Progress) -> "tuple[dict[str, Tensor], dict[str, Any]]":
     """All tensors by name, and the solver's memory with these names in their places."""
-    tensors = {"latents": progress.latents}
+    tensors = {"latents": progress.latents} | ({COMPUTED: progress.computed[1]} if progress.computed else {})
 
     def name_it(name: str, value: Any) -> Any:
         if value is None or isinstance(value, int):

@@ -113,9 +113,9 @@ class HostCopy:
         self, files: Files, pieces: Mapping[int, Piece], wanted: Sequence[int], memory: Memory, merging: bool,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
-        """merging: adapters are merged on the device, piece by piece, since a GPU's sums round differently from a
-        CPU's and a placement must not change a bit. stopped: asked between pieces; some are then missing. Raises
-        MemoryError, RequestError."""
+        """merging: adapters are merged, and weights quantized, on the device, piece by piece, since a GPU's sums round
+        differently from a CPU's and a placement must not change a bit. stopped: asked between pieces; some are then
+        missing. Raises MemoryError, RequestError."""
         self._memory = memory
         self.pieces: dict[int, Tensor] = {}
         largest = max(pieces[number].nbytes for number in wanted)

@@ -15,6 +15,7 @@ from torch import Tensor
 from wan22.checkpoint import Checkpoint
 from wan22.config import RequestError, RunError
 from wan22.memory import OUT_OF_MEMORY, memory_of
+from wan22.part_shapes import text_encoder_shapes, text_encoder_sizes
 from wan22.tensor_files import check_names
 from wan22.tensor_names import text_encoder_name
 
@@ -120,34 +121,25 @@ def encode_all(
 
 def check_text_encoder(checkpoint: Checkpoint) -> None:
     """Names and shapes of the text encoder's file, without reading a weight. Raises RequestError."""
-    from transformers import UMT5EncoderModel
+    found = checkpoint.text_encoder.shapes
+    check_names(str(checkpoint.text_encoder.path), found, text_encoder_shapes(**_sizes(checkpoint)))
 
-    source = checkpoint.text_encoder
+
+def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """The sizes that no config tells, from the tensors' shapes. Raises RequestError."""
     try:
-        found = {text_encoder_name(name): shape for name, shape in source.shapes.items()}
-    except KeyError as error:
-        raise RequestError(f"{source.path}: not a UMT5 encoder: unknown tensor {error}") from None
-    with torch.device("meta"):
-        model = UMT5EncoderModel(_config(checkpoint))
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wanted.pop("encoder.embed_tokens.weight")
-    check_names(str(source.path), found, wanted)
+        return text_encoder_sizes(checkpoint.text_encoder.shapes)
+    except (KeyError, ValueError) as error:
+        raise RequestError(f"{checkpoint.text_encoder.path}: not a UMT5 encoder: misses {error}") from None
 
 
 def _config(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # transformers comes late
-    """The sizes that no config tells, from the tensors' shapes; the rest is UMT5's own default."""
+    """The file's sizes; the rest is UMT5's own default."""
     from transformers import UMT5Config
 
-    shapes = checkpoint.text_encoder.shapes
-    try:
-        vocab, width = shapes["token_embedding.weight"]
-        buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
-        hidden = shapes["blocks.0.ffn.fc1.weight"][0]
-        inner = shapes["blocks.0.attn.q.weight"][0]
-    except (KeyError, ValueError) as error:
-        raise RequestError(f"{checkpoint.text_encoder.path}: not a UMT5 encoder: misses {error}") from None
-    layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    sizes = _sizes(checkpoint)
     return UMT5Config(
-        vocab_size=vocab, d_model=width, d_kv=inner // heads, d_ff=hidden, num_layers=layers, num_heads=heads,
-        relative_attention_num_buckets=buckets, dropout_rate=0.0, tie_word_embeddings=True,  # type: ignore[call-arg]
+        vocab_size=sizes["vocab"], d_model=sizes["width"], d_kv=sizes["inner"] // sizes["heads"], d_ff=sizes["ffn"],
+        num_layers=sizes["layers"], num_heads=sizes["heads"], relative_attention_num_buckets=sizes["buckets"],
+        dropout_rate=0.0, tie_word_embeddings=True,  # type: ignore[call-arg]
     )  # fmt: skip

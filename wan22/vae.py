@@ -7,8 +7,7 @@ the small latent grid; all that follows is convolutions, which see only so far (
 decoded apart, as is usual, would be close only.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,16 +16,20 @@ from torch import Tensor, nn
 from wan22.checkpoint import Checkpoint
 from wan22.config import RequestError, RunError
 from wan22.memory import OUT_OF_MEMORY
+from wan22.part_shapes import vae_shapes
 from wan22.tensor_files import check_names
 from wan22.tensor_names import vae_name
-from wan22.vae_sizes import Grid, cuts, finer, with_halo
+from wan22.vae_decoder import Cache, local, middle, prepare
+from wan22.vae_sizes import CHUNK, Grid, cuts, finer, with_halo
 
 
 class VideoVAE:
-    """The checkpoint's VAE in float32, as published; PyTorch's own default for convolutions (TF32 on a GPU)."""
+    """The checkpoint's VAE. In float32, as published, with PyTorch's own default for convolutions (TF32 on a GPU); or
+    its decoder's convolutions and what lies between them in bf16, norms and everything before the decoder in float32.
+    """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        """Reads the weights. Raises RequestError for foreign files."""
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Reads the weights. dtype: of the decoder. Raises RequestError for foreign files."""
         self.model = _empty(checkpoint)
         names = {published: vae_name(published) for published in checkpoint.vae.shapes}
         meta = self.model.state_dict()
@@ -34,6 +37,8 @@ class VideoVAE:
         checkpoint.vae.read({published: state[name] for published, name in names.items()})
         self.model.load_state_dict(state, strict=True, assign=True)
         self.model.requires_grad_(False).eval()
+        prepare(self.model.decoder, dtype)
+        self.chunk = CHUNK[dtype.itemsize]
         config = self.model.config
         self.mean = torch.tensor(config.latents_mean, device=device).view(1, -1, 1, 1, 1)
         # The published code keeps 1 / std in float32 and divides by it; z · std would differ in the last bit.
@@ -43,51 +48,54 @@ class VideoVAE:
     def decode(
         self, latents: Tensor, tiles: Grid = (1, 1), warn: Callable[[str], None] = lambda text: None
     ) -> Iterator[Tensor]:
-        """latents [C, T, H, W] float32, normalized → chunks [F, 3, 8H, 8W] float32 in -1…1: of 1 frame, then 4 each.
+        """latents [C, T, H, W] float32, normalized → chunks [F, 3, 8H, 8W] float32 in -1…1: of 1 frame, then of 4 a
+        latent frame.
 
         The VAE is causal in time and keeps the last two frames of every convolution's input, so the chunks of a
         stream equal those of the whole. tiles: rows and columns of a grid. Where memory runs out the rest comes from
-        smaller tiles, which `warn` is told. Raises RunError where they are as small as can be.
+        shorter chunks, then from smaller tiles, which `warn` is told. Raises RunError where they are as small as can
+        be.
         """
-        done, grid = 0, tiles
+        done, grid, step = 0, tiles, self.chunk
         while True:
             try:
                 # A stream's caches cannot be cut into tiles' ones: a finer grid starts over, what is out is left out.
-                for chunk in self._chunks(latents, grid, done):
-                    yield chunk
-                    done += 1
+                for frames in self._chunks(latents, grid, step, done):
+                    yield frames
+                    done += len(frames)
                 return
             except OUT_OF_MEMORY as error:
                 trouble = str(error).partition(". ")[0]
-            if not (smaller := finer(grid, latents.shape)):
+            smaller = grid if step > 1 else finer(grid, latents.shape)
+            if not smaller:
                 raise RunError(f"out of memory while decoding, in the smallest tiles: {trouble}")
-            grid = smaller
+            grid, step = smaller, 1
             if self.mean.is_cuda:
                 torch.cuda.empty_cache()
-            warn(f"out of memory while decoding: going on in {grid[0]} x {grid[1]} tiles")
+            how = "frame by frame" if grid == (1, 1) else f"in {grid[0]} x {grid[1]} tiles"
+            warn(f"out of memory while decoding: going on {how}")
 
-    def _chunks(self, latents: Tensor, grid: Grid, skip: int) -> Iterator[Tensor]:
-        """The chunks but for the first `skip`."""
+    def _chunks(self, latents: Tensor, grid: Grid, step: int, skip: int) -> Iterator[Tensor]:
+        """The frames but for the first `skip`, `step` latent frames at a time after the first."""
         z = latents.to(self.mean)[None] / self.inverse_std + self.mean
         z = self.model.post_quant_conv(z)
+        spans = [(0, 1), *((t, min(t + step, z.shape[2])) for t in range(1, z.shape[2], step))]
         if grid != (1, 1):
-            yield from self._tiled(z, grid)[skip:]
+            yield from _after(skip, self._tiled(z, grid, spans))
             return
-        middle, local = Cache(), Cache()
-        for t in range(z.shape[2]):
-            chunk = self._local(self._middle(z[:, :, t : t + 1], middle), local, t == 0)
-            if t >= skip:
-                yield chunk
+        before, behind = Cache(), Cache()
+        parts = (self._local(self._middle(z[:, :, start:stop], before), behind, start == 0) for start, stop in spans)
+        yield from _after(skip, parts)
 
-    def _tiled(self, z: Tensor, grid: Grid) -> list[Tensor]:
+    def _tiled(self, z: Tensor, grid: Grid, spans: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Tile by tile through all of time, so that one tile's caches are all there are; the frames are put together
         on the CPU."""
         cache = Cache()
-        middles = [self._middle(z[:, :, t : t + 1], cache) for t in range(z.shape[2])]
+        middles = [self._middle(z[:, :, start:stop], cache) for start, stop in spans]
         del cache
         (height, width), steps = z.shape[3:], steps_of(self.model.decoder)
         scale = 2 ** steps.count(0)
-        chunks = [torch.empty(4 if t else 1, 3, scale * height, scale * width) for t in range(len(middles))]
+        chunks = [torch.empty(4 * (b - a) if a else 1, 3, scale * height, scale * width) for a, b in spans]
         for top, bottom in cuts(height, grid[0]):
             y, y_stop = with_halo(top, bottom, height, steps)
             for left, right in cuts(width, grid[1]):
@@ -96,24 +104,18 @@ class VideoVAE:
                 down = slice(scale * (top - y), scale * (bottom - y))
                 across = slice(scale * (left - x), scale * (right - x))
                 cache = Cache()
-                for t, middle in enumerate(middles):
-                    chunks[t][pixels] = self._local(middle[..., y:y_stop, x:x_stop], cache, t == 0)[..., down, across]
+                for number, part in enumerate(middles):
+                    tile = self._local(part[..., y:y_stop, x:x_stop], cache, number == 0)
+                    chunks[number][pixels] = tile[..., down, across]
         return chunks
 
-    def _middle(self, z: Tensor, cache: "Cache") -> Tensor:
-        """Latents of one frame, [1, C, 1, H, W], through the part of the decoder that needs them whole."""
-        decoder = self.model.decoder
-        cache.index = [0]
-        return decoder.mid_block(cache.convolve(decoder.conv_in, z), feat_cache=cache.kept, feat_idx=cache.index)
+    def _middle(self, z: Tensor, cache: Cache) -> Tensor:
+        """Latents of a few frames, [1, C, T, H, W], through the part of the decoder that needs them whole."""
+        return middle(self.model.decoder, z, cache)
 
-    def _local(self, x: Tensor, cache: "Cache", first: bool) -> Tensor:
+    def _local(self, x: Tensor, cache: Cache, first: bool) -> Tensor:
         """The rest of the decoder, whole or one tile of it: → [F, 3, 8H, 8W]."""
-        decoder = self.model.decoder
-        cache.index = [0]
-        for block in decoder.up_blocks:
-            x = block(x, feat_cache=cache.kept, feat_idx=cache.index, first_chunk=first)
-        x = cache.convolve(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)))
-        return x[0].clamp(-1, 1).transpose(0, 1)
+        return local(self.model.decoder, x, cache, first)
 
     @torch.inference_mode()
     def encode(self, frames: Tensor) -> Tensor:
@@ -122,26 +124,12 @@ class VideoVAE:
         return ((z - self.mean) * self.inverse_std)[0]
 
 
-class Cache:
-    """What diffusers' causal convolutions keep from one chunk to the next, in the order in which they run."""
-
-    def __init__(self) -> None:
-        self.kept: list[Any] = [None] * MOST_CONVOLUTIONS
-        self.index = [0]
-
-    def convolve(self, convolution: nn.Module, x: Tensor) -> Tensor:
-        """One of the decoder's own convolutions, as its `forward` calls them."""
-        place = self.index[0]
-        before, kept = self.kept[place], x[:, :, -2:].clone()
-        if before is not None and kept.shape[2] < 2:
-            kept = torch.cat([before[:, :, -1:], kept], dim=2)
-        x = convolution(x, before)
-        self.kept[place] = kept
-        self.index[0] += 1
-        return x
-
-
-MOST_CONVOLUTIONS = 64  # more than there are
+def _after(skip: int, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The frames but for the first `skip`."""
+    for chunk in chunks:
+        if skip < len(chunk):
+            yield chunk[skip:]
+        skip = max(0, skip - len(chunk))
 
 
 def steps_of(decoder: nn.Module) -> list[int]:
@@ -172,20 +160,22 @@ def to_uint8(frames: Tensor) -> np.ndarray:
 
 def check_vae(checkpoint: Checkpoint) -> None:
     """Names and shapes of the VAE's file, without reading a weight. Raises RequestError."""
-    source = checkpoint.vae
-    found = {vae_name(name): shape for name, shape in source.shapes.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in _empty(checkpoint).state_dict().items()}
-    check_names(str(source.path), found, wanted)
+    check_names(str(checkpoint.vae.path), checkpoint.vae.shapes, vae_shapes(*_sizes(checkpoint)))
+
+
+def _sizes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Base width and latent channels, which the tensors say. Raises RequestError."""
+    shapes = checkpoint.vae.shapes
+    try:
+        return shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
+    except (KeyError, IndexError) as error:
+        raise RequestError(f"{checkpoint.vae.path}: not a Wan VAE: misses {error}") from None
 
 
 def _empty(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # diffusers comes late
-    """The model on `meta`; its width and channels are what the tensors say, the rest is diffusers' default."""
+    """The model on `meta`; what the tensors do not say is diffusers' default."""
     from diffusers import AutoencoderKLWan
 
-    shapes = checkpoint.vae.shapes
-    try:
-        width, channels = shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
-    except KeyError as error:
-        raise RequestError(f"{checkpoint.vae.path}: not a Wan VAE: misses {error}") from None
+    width, channels = _sizes(checkpoint)
     with torch.device("meta"):
         return AutoencoderKLWan(base_dim=width, z_dim=channels)

@@ -6,7 +6,7 @@ with the halo that these see, a tile's pixels are those of the whole, to the rou
 Legend: C latent channels, T H W latent grid, F pixel frames.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from wan22.parallel import Ranks
-from wan22.vae import Cache, VideoVAE, steps_of, to_pixels
+from wan22.vae import VideoVAE, steps_of, to_pixels
+from wan22.vae_decoder import Cache
 from wan22.vae_sizes import Grid, cuts, with_halo
 from wan22.watch import tick
 
@@ -35,12 +36,13 @@ def decode_together(vae: VideoVAE, latents: Tensor, grid: Grid, ranks: Ranks) ->
     z = vae.model.post_quant_conv(latents.to(vae.mean)[None] / vae.inverse_std + vae.mean)
     boxes = tiles_of(height, width, grid)
     rounds = -(-len(boxes) // world)
-    streams = [_tile(vae, z, box) for box in boxes[ranks.team.rank :: world]]
+    spans = [(0, 1), *((t, min(t + vae.chunk, frames)) for t in range(1, frames, vae.chunk))]
+    streams = [_tile(vae, z, box, spans) for box in boxes[ranks.team.rank :: world]]
     if rounds > 1:
         streams = [iter([pixels.cpu() for pixels in stream]) for stream in streams]
     scale = 2 ** steps_of(vae.model.decoder).count(0)
-    for t in range(frames):
-        count = 4 if t else 1
+    for start, stop in spans:
+        count = 4 * (stop - start) if start else 1
         whole = np.empty((count, scale * height, scale * width, 3), dtype=np.uint8) if ranks.first else None
         for number in range(rounds):
             own = next(streams[number]).to(vae.mean.device) if number < len(streams) else None
@@ -54,8 +56,8 @@ def decode_together(vae: VideoVAE, latents: Tensor, grid: Grid, ranks: Ranks) ->
             yield whole
 
 
-def _tile(vae: VideoVAE, z: Tensor, box: Box) -> Iterator[Tensor]:
-    """A tile through all of time: [F, h, w, 3] uint8 a latent frame."""
+def _tile(vae: VideoVAE, z: Tensor, box: Box, spans: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+    """A tile through all of time: [F, h, w, 3] uint8 a span of latent frames."""
     top, bottom, left, right = box
     steps = steps_of(vae.model.decoder)
     scale = 2 ** steps.count(0)
@@ -64,9 +66,9 @@ def _tile(vae: VideoVAE, z: Tensor, box: Box) -> Iterator[Tensor]:
     down, across = (slice(scale * (first - start), scale * (last - start))
                     for first, last, start in ((top, bottom, y), (left, right, x)))  # fmt: skip
     whole, local = Cache(), Cache()
-    for t in range(z.shape[2]):
-        middle = vae._middle(z[:, :, t : t + 1], whole)[..., y:y_stop, x:x_stop]
-        yield to_pixels(vae._local(middle, local, t == 0)[..., down, across])
+    for start, stop in spans:
+        middle = vae._middle(z[:, :, start:stop], whole)[..., y:y_stop, x:x_stop]
+        yield to_pixels(vae._local(middle, local, start == 0)[..., down, across])
 
 
 def _shape(box: Box, count: int, scale: int) -> tuple[int, ...]:

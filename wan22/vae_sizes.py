@@ -11,6 +11,7 @@ Grid = tuple[int, int]  # tiles down and across
 SMALLEST_TILE = 4  # latents a side, without halo
 MULTIPLIERS = (4, 4, 2, 1)  # of the base width, of the decoder's stages; Wan2.1's VAE
 TIMES = (1, 2, 4, 4)  # frames a latent frame has become, in each stage
+CHUNK = {4: 1, 2: 2}  # latent frames decoded at a time, by bytes of the decoder's dtype: about the same memory
 RESNETS = 3  # a stage, of two 3×3×3 convolutions each
 
 
@@ -62,27 +63,32 @@ def rank_grid(latent_shape: Sequence[int], ranks: int) -> Grid:
     return min(grids, key=largest)
 
 
-def decode_terms(latent_shape: Sequence[int], width: int, grid: Grid) -> dict[str, int]:
-    """Bytes by name at the peak of decoding one chunk in float32; width: the VAE's base width."""
+def decode_terms(latent_shape: Sequence[int], width: int, grid: Grid, item: int = 4) -> dict[str, int]:
+    """Bytes by name at the peak of decoding one chunk; width: the VAE's base width; item: bytes of the decoder's dtype,
+    which all of its stages but the first have. It follows vae_decoder.py line by line."""
     _, frames, height, columns = latent_shape
     sides = []
     for length, count in ((height, grid[0]), (columns, grid[1])):
         halos = [with_halo(start, stop, length) for start, stop in cuts(length, count)]
         sides.append(max(stop - start for start, stop in halos))
-    area = prod(sides)
-    stages = [4 * width * m * t * area * 4**i for i, (m, t) in enumerate(zip(MULTIPLIERS, TIMES, strict=True))]
-    # Each convolution keeps two frames of its input; a stage works on TIMES of them.
-    caches = sum(stage * 2 * RESNETS * 2 // times for stage, times in zip(stages, TIMES, strict=True))
-    caches += stages[-1] * 2 // TIMES[-1]  # conv_out's
+    area, chunk = prod(sides), min(CHUNK[item], max(1, frames - 1))
+    # One frame of each stage, and a chunk of the last one.
+    each = [(item if i else 4) * width * m * area * 4**i for i, m in enumerate(MULTIPLIERS)]
+    at_once = TIMES[-1] * chunk
+    last = each[-1] * at_once
+    # Each convolution keeps two frames of its input, which the last one, in float32, has too.
+    caches = 2 * (sum(2 * RESNETS * frame for frame in each) + each[0] + each[1] + each[-1] * 4 // item)
     middle = 4 * width * MULTIPLIERS[0] * height * columns
     tiled = grid != (1, 1)
+    joined = (at_once + 2) / at_once
     return {
         "weights": ceil(507_609_880 * (width / 96) ** 2),  # of the published file, as the square of the width
         "latents": 2 * 4 * prod(latent_shape),
         "caches of convolutions": caches + 5 * 2 * middle,
-        # A convolution of the last stage: its input and the norm of it, the two cached frames apart, all of them
-        # joined (6 of 4 frames), and padded.
-        "last stage": int(stages[-1] * (1 + 1 + 0.5 + 1.5 + 1.5)),
-        "frames": 2 * 4 * 3 * TIMES[-1] * area * 64,
+        # A residual block: its input, a convolution's input with the kept frames, and its output. Before: what is
+        # doubled in size, of twice the channels, with what it is made from (in float32) and becomes. After: the last
+        # convolution's input, in float32.
+        "last stage": int(last * max(2 + joined, 3 + 2 / item, 1 + joined * 4 / item)),
+        "frames": 2 * 4 * 3 * at_once * area * 64,
         **({"middle of all frames": middle * frames} if tiled else {}),
     }

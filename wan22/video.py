@@ -31,7 +31,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
-from .config import Encoding, RequestError, RunError
+from .config import DiskFull, Encoding, RequestError, RunError
 from .names import beside, exists, is_empty_folder, move_to_free, next_free, staging_prefix, sync, sync_entry
 from .record import RECORD_NAME, read_document, read_record, stored_text, to_text
 
@@ -435,7 +435,7 @@ def _last_words(lines: Iterable[bytes]) -> str:
 
 def _run_error(path: Path, reason: str) -> RunError:
     if any(says in reason for says in _SAYS_FULL):
-        reason = "the disk is full"
+        return DiskFull(f"could not write {path}: the disk is full")
     return RunError(f"could not write {path}: {reason}")
 
 

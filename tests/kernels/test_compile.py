@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from wan22.kernels import dispatch
+from wan22.kernels import attention_hopper, dispatch
 
 SCRIPT = """
 import importlib
@@ -16,24 +16,35 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-norm, residual, rope, gelu, attention = (importlib.import_module(f"wan22.kernels.{name}") for name in
-    ("norm_modulate", "gated_residual", "qk_norm_rope", "gelu", "attention_8bit"))
-row = {"C": 320, "BLOCK": 512}
+norm, residual, rope, gelu, rows, product, attention = (importlib.import_module(f"wan22.kernels.{name}") for name in
+    ("norm_modulate", "gated_residual", "qk_norm_rope", "gelu", "quantize_rows", "product_8bit", "attention_8bit"))
+row = {"C": 320, "BLOCK": 512, "LARGEST": 0}
+turned_row = {"C": 320, "BLOCK": 512}
+EIGHT = ((448.0, "*fp8e4nv"), (127.0, "*i8"))
 block = {"D": 64, "ROWS": 64, "COLUMNS": 64, "SHIFT": 8.0, "v_token": 1}
 FLAGS = ("GATED", "NORMED", "PLUS_ONE")
 VALUES = {"x": "*bf16", "y": "*bf16", "q": "*i8", "k": "*i8", "eps": "fp32", "multiply": "fp32", "normed": "*bf16"}
 WORK = [  # kernel, constants, tensors whose dtype is not float32
     (norm._kernel, row, {"x": "*fp32", "out": "*bf16"}),
+    *((norm._kernel, row | {"LARGEST": most}, {"x": "*fp32", "out": kind}) for most, kind in EIGHT),
     *((residual._kernel, row | dict(zip(FLAGS, flags)), {"x": "*fp32"}) for flags in ((1, 1, 0), (0, 1, 1), (1, 0, 0))),
-    *((rope._kernel, row | {"HALF": 32, "ROPE": turned}, {"out": "*bf16"}) for turned in (True, False)),
+    *((residual._kernel, row | dict(zip(FLAGS, (1, 1, 0))) | {"LARGEST": most}, {"x": "*fp32", "normed": kind})
+      for most, kind in EIGHT),
+    *((rope._kernel, turned_row | {"HALF": 32, "ROPE": turned}, {"out": "*bf16"}) for turned in (True, False)),
     (gelu._kernel, {"BLOCK": 1024}, {"out": "*bf16"}),
-    (gelu._quantize_kernel, row | {"MAX": 448.0, "LEAST": 1e-12}, {"out": "*fp8e4nv"}),
-    (attention._rotate_kernel, {"D": 64, "ROWS": 64}, {"out": "*i8"}),
+    *((kernel, row | {"LARGEST": most}, {"out": kind}) for most, kind in EIGHT
+      for kernel in (gelu._quantize_kernel, rows._kernel)),
+    *((product._kernel, {"C": 320, "GROUP": 8, **{name: number for name, number in blocks.items() if name.isupper()}},
+       {"x": "*i8", "weight": "*i8", "bias": "*bf16", "out": "*bf16"}) for blocks in (product.LARGE, product.SMALL)),
+    *((attention._rotate_kernel, {"D": 64, "ROWS": 64, "BLOCK": shared}, {"out": "*i8"}) for shared in (True, False)),
+    *((attention._transpose_kernel, {"D": 64, "ROWS": 64, "LARGEST": most}, {"v": "*bf16", "out": kind})
+      for most, kind in EIGHT),
     *((attention._attend_kernel, block | {"PV": pv}, {"v": kind, "out": "*bf16"})
       for pv, kind in enumerate(("*bf16", "*fp8e4nv", "*i8"))),
 ]
 POINTERS = ("x", "y", "q", "k", "v", "out", "gate", "shift", "scale", "new_x", "normed", "weight", "cos", "sin", "mean",
-            "factor", "matrix", "q_scale", "k_scale", "v_scale", "v_mean")
+            "factor", "matrix", "q_scale", "k_scale", "v_scale", "v_mean", "out_scale", "normed_scale", "x_scale",
+            "weight_scale", "bias")
 for capability in (80, 90):
     for kernel, constants, kinds in WORK:
         kinds = VALUES | kinds
@@ -46,6 +57,23 @@ for capability in (80, 90):
         source = ASTSource(kernel, signature, constants, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
         print(capability, kernel.__module__, compiled.metadata.shared, len(compiled.asm["cubin"]))
+from wan22.kernels import attention_hopper
+if attention_hopper.GLUON:
+    from triton.experimental.gluon._runtime import GluonASTSource
+    kernel, kinds = attention_hopper.attend_kernel, {"q": "*i8", "k": "*i8", "v": "*bf16", "out": "*bf16"}
+    for columns in (64, 128):
+        constants = {"D": 128, "ROWS": attention_hopper.ROWS, "COLUMNS": columns, "WARPS": attention_hopper.WARPS}
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32" if name in POINTERS else "i32")
+                     for name in names}
+        aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names)
+                   if signature[name].startswith("*") or name.startswith("v_")}
+        source = GluonASTSource(kernel, signature, constants, aligned)
+        options = {"num_warps": attention_hopper.WARPS}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        waits = compiled.asm["ptx"].count("wgmma.wait_group.sync.aligned 1")
+        assert waits, "no product is asynchronous"
+        print(90, kernel.__module__, compiled.metadata.shared, len(compiled.asm["cubin"]))
 """
 
 
@@ -61,4 +89,6 @@ def test_kernels_compile(tmp_path):
     )  # fmt: skip
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 22
+    lines = done.stdout.splitlines()
+    assert len([line for line in lines if "attention_hopper" not in line]) == 42
+    assert len(lines) - 42 == 2 * attention_hopper.GLUON

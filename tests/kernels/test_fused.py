@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wan22.kernels import dispatch, gelu, gelu_quantize, norm_modulate, qk_norm_rope, rms_norm
+from wan22.kernels import dispatch, gelu, gelu_quantize, norm_modulate, norm_silu, qk_norm_rope, rms_norm
 from wan22.kernels.gated_residual import gated_residual, gated_residual_norm, gated_residual_norm_modulate
 from wan22.model import TransformerConfig, WanTransformer
 
@@ -104,6 +104,23 @@ def test_gelu(forced, draw, twin, dtype):
     x = draw(2, 3, 700, dtype=dtype, spread=4)
     plain = twin(gelu, x)
     check("gelu", gelu(x.clone()), plain)
+
+
+@pytest.mark.parametrize("channels", [96, 24, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norm_silu(forced, draw, twin, channels, dtype):
+    """Into the later frames of a buffer, as before a convolution; a pixel of nothing stays nothing."""
+    x = draw(1, channels, 2, 3, 5, dtype=dtype, spread=3)
+    x[:, :, 1, 2, 4] = 0
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    rooms = [torch.full((1, channels, 4, 3, 5), 7.0, dtype=dtype, device=x.device) for _ in range(2)]
+    rooms = [room.contiguous(memory_format=torch.channels_last_3d) for room in rooms]
+    gamma = draw(channels)
+    norm_silu(x, gamma, rooms[0][:, :, 2:])
+    twin(norm_silu, x, gamma, rooms[1][:, :, 2:])
+    check("norm_silu", rooms[0], rooms[1], absolute=5e-6)
+    assert (rooms[0][:, :, :2] == 7).all()
+    assert (rooms[0][:, :, 3, 2, 4] == 0).all()
 
 
 def test_gelu_quantize(forced, draw, twin):

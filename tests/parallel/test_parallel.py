@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,6 +196,7 @@ def requests(adapter):
 
 
 def whole_run(checkpoint, request, ranks, placement=Placement("cpu")):  # noqa: B008
+    placement = dataclasses.replace(placement, prompt_cache=False)
     pipe = Pipeline(checkpoint, Precision("float32"), placement, ranks=ranks)
     request = pipe.resolve(request)
     latents = pipe.denoise(request, Reporter())
@@ -253,9 +255,9 @@ def _loaded(rank, world, sharded):
     """Bytes read from the expert's files, this rank's part of it in memory, and the most that all of it took."""
     read, fill = [], reading._Lane._fill
 
-    def counted(lane, path, offset, array):
+    def counted(lane, offset, array):
         read.append(len(array))
-        fill(lane, path, offset, array)
+        fill(lane, offset, array)
 
     reading._Lane._fill = counted
     checkpoint, memory = open_checkpoint(TINY), Memory(CPU, has_host=True)
@@ -354,6 +356,53 @@ def test_the_text_encoder_in_parts(world):
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
+CACHED = dataclasses.replace(REQUEST, num_steps=12)
+
+
+def cached_run(checkpoint, ranks, weights="float32"):
+    pipe = Pipeline(checkpoint, Precision(weights, step_cache=2.0), Placement("cpu", prompt_cache=False), ranks=ranks)
+    request, heard = pipe.resolve(CACHED), Listener()
+    return pipe.denoise(request, heard), heard.skipped
+
+
+class Listener(Reporter):
+    skipped = None
+
+    def note(self, text, **data):
+        self.skipped = data.get("skipped", self.skipped)
+
+
+def _cached(rank, world, mesh, sharded):
+    return cached_run(open_checkpoint(TINY), make_ranks(rank, world, mesh, 1, sharded))
+
+
+@pytest.mark.parametrize(("mesh", "sharded"), [((2, 1, 1), False), ((1, 1, 2), True), ((2, 1, 2), False)], ids=str)
+def test_all_skip_the_same_steps(mesh, sharded):
+    """The step cache's decision is one: that of the first branch's tokens together."""
+    wanted, skipped = cached_run(open_checkpoint(TINY), None)
+    assert 0 < skipped < CACHED.num_steps
+    for latents, ours in run(Mesh(*mesh).world, _cached, mesh, sharded):
+        assert ours == skipped
+        assert (latents - wanted).abs().max() < 1e-3
+
+
+def _in_8_bits(rank, world, mesh):
+    pipe = Pipeline(open_checkpoint(TINY), Precision("fp8"), Placement("cpu"), ranks=make_ranks(rank, world, mesh, 2))
+    return pipe.denoise(pipe.resolve(REQUEST), Reporter())
+
+
+def test_products_in_8_bits():
+    """Whole experts, of which each rank reads its part; a token's scale is its own, wherever it is computed."""
+    pipe = Pipeline(open_checkpoint(TINY), Precision("fp8"), Placement("cpu"))
+    wanted = pipe.denoise(pipe.resolve(REQUEST), Reporter())
+    for mesh in ((2, 1, 1), (1, 1, 2)):
+        for latents in run(2, _in_8_bits, mesh):
+            assert (latents - wanted).norm() / wanted.norm() < 0.02
+    ranks = SimpleNamespace(device=CPU, shard_experts=True)
+    with pytest.raises(RequestError, match="--dit_fsdp goes with no fp8 weights"):
+        Pipeline(open_checkpoint(TINY), Precision("fp8"), Placement("cpu"), ranks=ranks)
+
+
 def _decoded(rank, world, grid):
     latents = torch.randn(16, 3, 6, 11, generator=torch.Generator().manual_seed(2))
     vae, areas, local = VideoVAE(open_checkpoint(TINY), CPU), [], VideoVAE._local

@@ -12,31 +12,59 @@ All of this is exact in real numbers, and only makes the numbers that are then r
 - A channel's mean over the tokens is taken out of v and added to the result, whose weights sum to 1; what is left of v
   has a scale a channel, undone in the result. (SageAttention2, Zhang et al. 2024, sections 3.2 and 4.3)
 
-Then queries and keys are INT8 with a scale a token, which costs a kernel no more than one a block and halves its error,
-since a token's largest number is smaller than a block's. Probabilities and v are bf16, FP8 or INT8 (`pv`); INT8
-probabilities are relative to the largest of their own block of keys, so that 127 steps reach what matters there.
+Then queries are INT8 with a scale a token, keys with one a block: rotated, a block's tokens are of like size, and a
+scale a token would cost two instructions a score. Probabilities and v are bf16, FP8 or INT8 (`pv`); INT8 probabilities
+are relative to the largest of their own block of keys, so that 127 steps reach what matters there.
 
 Legend: B batch, L queries, M keys, N heads, D head dim (a power of two).
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from wan22.kernels import attention_hopper
 from wan22.kernels.dispatch import jit, launch, tl, use_triton
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX, INT8_MAX = 448.0, 127.0
 SMALLEST = 1e-12  # scale: below it, zeros are as good
 LOG2E = 1.4426950408889634
-BLOCK_KEYS = 64  # of the kernel, and so of the INT8 probabilities
-BLOCK_QUERIES = 128
-OPTIONS = {"num_warps": 8, "num_stages": 3}  # of the kernel; to be tuned on each kind of GPU
 FP8_SHIFT = 8.0  # FP8 probabilities are 2⁸ times as large, to use its range: as FlashAttention 3 does
 PV = ("bf16", "fp8", "int8")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the kernel is cut and launched: queries of a program, keys of a block (and so of a scale of keys, and of INT8
+    probabilities). hopper: attention_hopper's kernel instead, whose other numbers are its own."""
+
+    queries: int = 128
+    keys: int = 128
+    warps: int = 8
+    stages: int = 3
+    hopper: bool = False
+
+
+# By the shared memory of a multiprocessor: of data-centre cards, and of others. To be tuned on each kind of GPU.
+LARGE = {"bf16": Form(keys=64), "fp8": Form(), "int8": Form()}
+SMALL = {"bf16": Form(keys=64, stages=2), "fp8": Form(keys=64), "int8": Form(keys=64)}
+HOPPER = Form(hopper=True)  # of bf16 values
+USE_HOPPER = False  # till it is measured on one
+FORM: Form | None = None  # instead of these, for measurements
+
+
+def form_of(pv: str, device: torch.device) -> Form:
+    if FORM:
+        return FORM
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if USE_HOPPER and pv == "bf16" and capability == (9, 0):
+        return HOPPER
+    return (LARGE if capability in (None, (8, 0), (9, 0), (10, 0), (10, 3)) else SMALL)[pv]
 
 
 # --- what is exact ---------------------------------------------------------------------------------------------------
@@ -76,6 +104,13 @@ def quantize(x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype) -> tuple
     scale = (x.abs().amax(dim, keepdim=True) / largest).clamp(min=SMALLEST)
     scaled = x / scale
     return (scaled.round() if dtype == torch.int8 else scaled.clamp(-largest, largest)).to(dtype), scale
+
+
+def quantize_blocks(x: Tensor, block: int) -> Tensor:
+    """x [B, L, N, D] float32 → what it is after INT8 with a scale for each `block` tokens of a head."""
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % block)).unflatten(1, (-1, block))
+    values, scale = quantize(padded, (2, 4), torch.int8)
+    return (values.float() * scale).flatten(1, 2)[:, : x.shape[1]]
 
 
 def quantize_v(v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,21 +165,23 @@ def attend_8bit(q: Tensor, k: Tensor, v: Tensor, pv: str = "int8") -> Tensor:
 
 def attend_8bit_plain(q: Tensor, k: Tensor, v: Tensor, pv: str = "int8") -> Tensor:
     """The same roundings in float32 arithmetic."""
+    block = form_of(pv, q.device).keys
     smooth_q, smooth_k = smooth(q, k)
-    (q8, q_scale), (k8, k_scale) = quantize(smooth_q, 3, torch.int8), quantize(smooth_k, 3, torch.int8)
+    q8, q_scale = quantize(smooth_q, 3, torch.int8)
     values, v_scale, v_mean = _values(v, pv)
-    scores = torch.einsum("blnd,bmnd->bnlm", q8.float() * q_scale, k8.float() * k_scale) / math.sqrt(q.shape[-1])
+    scores = torch.einsum("blnd,bmnd->bnlm", q8.float() * q_scale, quantize_blocks(smooth_k, block))
+    scores /= math.sqrt(q.shape[-1])
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=torch.float32)  # B N L D
     peak = scores.amax(-1, keepdim=True)
     total = (scores - peak).exp().sum(-1, keepdim=True)
-    for block, part in zip(scores.split(BLOCK_KEYS, -1), values.float().split(BLOCK_KEYS, 1), strict=True):
-        top = block.amax(-1, keepdim=True) if pv == "int8" else peak
-        p = (block - top).exp()
+    for part, value in zip(scores.split(block, -1), values.float().split(block, 1), strict=True):
+        top = part.amax(-1, keepdim=True) if pv == "int8" else peak
+        p = (part - top).exp()
         if pv == "int8":
             p = (p * INT8_MAX).round() / INT8_MAX
         else:
             p = (p * 2**FP8_SHIFT).to(FP8 if pv == "fp8" else torch.bfloat16).float() / 2**FP8_SHIFT
-        out += torch.einsum("bnlm,bmnd->bnld", p, part) * (top - peak).exp()
+        out += torch.einsum("bnlm,bmnd->bnld", p, value) * (top - peak).exp()
     return ((out / total).transpose(1, 2) * v_scale + v_mean).to(q.dtype)
 
 
@@ -157,52 +194,77 @@ def _values(v: Tensor, pv: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, pv: str) -> Tensor:
-    (batch, length, heads, dim), keys = q.shape, k.shape[1]
+    (batch, length, heads, dim), keys, form = q.shape, k.shape[1], form_of(pv, q.device)
     mean, factor = smoothing(q, k)
     q8, q_scale = _rotate_and_quantize(q, torch.zeros_like(mean), factor, LOG2E / math.sqrt(dim))
-    k8, k_scale = _rotate_and_quantize(k, mean, 1 / factor, 1.0)
-    values, v_scale, v_mean = _values(v, pv)
-    if pv != "bf16":
-        # 8-bit products on a tensor core want both factors along the summed axis, which for v are the tokens.
-        room = values.new_empty(batch, heads, dim, -(-keys // 128) * 128)
-        room[..., :keys] = values.permute(0, 2, 3, 1)
-        values = room.permute(0, 3, 1, 2)
-    elif not q.is_cuda:
-        values = values.float()  # Triton's interpreter cannot multiply bf16
+    k8, k_scale = _rotate_and_quantize(k, mean, 1 / factor, 1.0, form.keys)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if form.hopper:
+        assert pv == "bf16", pv
+        attention_hopper.attend(q8, k8, v.bfloat16(), q_scale, k_scale, out, form.keys)
+        return out
+    if pv == "bf16":
+        values, v_scale, v_mean = _values(v, pv)
+        values = values if q.is_cuda else values.float()  # Triton's interpreter cannot multiply bf16
+    else:
+        values, v_scale, v_mean = _transpose_and_quantize(v, FP8 if pv == "fp8" else torch.int8)
     launch(
-        _attend_kernel, (-(-length // BLOCK_QUERIES), heads, batch), q8, k8, values, q_scale, k_scale,
-        v_scale.contiguous(), v_mean.contiguous(), out, length, keys, heads, values.stride(0), values.stride(1),
-        values.stride(2), values.stride(3), D=dim, ROWS=BLOCK_QUERIES, COLUMNS=BLOCK_KEYS, PV=PV.index(pv),
-        SHIFT=FP8_SHIFT, **OPTIONS,
+        _attend_kernel, (-(-length // form.queries), heads, batch), q8, k8, values, q_scale, k_scale, v_scale, v_mean,
+        out, length, keys, heads, values.stride(0), values.stride(1), values.stride(2), values.stride(3), D=dim,
+        ROWS=form.queries, COLUMNS=form.keys, PV=PV.index(pv), SHIFT=FP8_SHIFT, num_warps=form.warps,
+        num_stages=form.stages,
     )  # fmt: skip
     return out
 
 
-def _rotate_and_quantize(x: Tensor, mean: Tensor, factor: Tensor, multiply: float) -> tuple[Tensor, Tensor]:
-    """(x − mean) · factor, rotated → int8 [B, N, L, D] and scales [B, N, L] float32, times `multiply`.
+def _rotate_and_quantize(
+    x: Tensor, mean: Tensor, factor: Tensor, multiply: float, block: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(x − mean) · factor, rotated → int8 [B, N, L, D] and scales float32, times `multiply`: [B, N, L], or one for each
+    `block` tokens.
 
     Bytes, at least: 2 + 1 an element (bf16 in); 1.2 GB for 75,600 tokens of width 5120.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, length, heads, dim = x.shape
     out = torch.empty((batch, heads, length, dim), dtype=torch.int8, device=x.device)
-    scale = torch.empty((batch, heads, length), dtype=torch.float32, device=x.device)
-    rows = 64
+    rows = block or 64
+    scales = -(-length // block) if block else length
+    scale = torch.empty((batch, heads, scales), dtype=torch.float32, device=x.device)
     launch(
         _rotate_kernel, (-(-length // rows), heads, batch), x, mean.contiguous(), factor.contiguous(),
         hadamard(dim, x.device), out, scale, length, heads, multiply, x.stride(0), x.stride(1), x.stride(2), D=dim,
-        ROWS=rows, num_warps=8,
+        ROWS=rows, BLOCK=bool(block), num_warps=8,
     )  # fmt: skip
     return out, scale
+
+
+def _transpose_and_quantize(v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_v`, laid out as 8-bit tensor cores want it: both factors of a product along the summed axis, which for
+    v are the tokens.
+
+    Bytes, at least: 3 · 2 (statistics) + 2 + 1 an element; 3.5 GB for 75,600 tokens of width 5120.
+    """
+    v = v if v.stride(-1) == 1 else v.contiguous()
+    batch, keys, heads, dim = v.shape
+    largest = INT8_MAX if dtype == torch.int8 else FP8_MAX
+    mean = v.mean(1, keepdim=True, dtype=torch.float32)
+    spread = torch.maximum(v.amax(1, keepdim=True).float() - mean, mean - v.amin(1, keepdim=True).float())
+    scale = (spread / largest).clamp_(min=SMALLEST)
+    room = torch.empty((batch, heads, dim, -(-keys // 128) * 128), dtype=dtype, device=v.device)
+    launch(
+        _transpose_kernel, (room.shape[-1] // 64, heads, batch), v, mean, scale, room, keys, room.shape[-1], heads,
+        v.stride(0), v.stride(1), v.stride(2), D=dim, ROWS=64, LARGEST=largest, num_warps=4,
+    )  # fmt: skip
+    return room.permute(0, 3, 1, 2), scale, mean
 
 
 @jit
 def _rotate_kernel(
     x, mean, factor, matrix, out, scale, length, heads,
-    multiply, sample_stride, token_stride, head_stride, D: tl.constexpr, ROWS: tl.constexpr,
+    multiply, sample_stride, token_stride, head_stride, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS tokens of one head."""
+    """One program: ROWS tokens of one head. BLOCK: they share a scale."""
     head, sample = tl.program_id(1), tl.program_id(2)
     rows, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     inside = rows < length
@@ -212,11 +274,36 @@ def _rotate_kernel(
     tokens = (tokens.to(tl.float32) - tl.load(mean + here * D + d)[None, :]) * tl.load(factor + here * D + d)[None, :]
     turn = tl.load(matrix + d[:, None] * D + d[None, :])
     tokens = tl.dot(tokens, turn, input_precision="tf32")  # rounds a tenth of what int8 will
-    step = tl.maximum(tl.max(tl.abs(tokens), 1) / 127.0, 1e-12)
-    steps = tokens / step[:, None]
+    step = tl.maximum(tl.max(tl.where(inside[:, None], tl.abs(tokens), 0.0), 1) / 127.0, 1e-12)
+    if BLOCK:
+        one = tl.max(step, 0)
+        tl.store(scale + here * tl.cdiv(length, ROWS) + tl.program_id(0), one * multiply)
+        steps = tokens / one
+    else:
+        tl.store(scale + here * length + rows, step * multiply, inside)
+        steps = tokens / step[:, None]
     steps = tl.where(steps < 0, steps - 0.5, steps + 0.5)  # the conversion cuts towards zero
     tl.store(out + (here * length + rows)[:, None] * D + d[None, :], steps.to(tl.int8), inside[:, None])
-    tl.store(scale + here * length + rows, step * multiply, inside)
+
+
+@jit
+def _transpose_kernel(
+    v, mean, scale, out, keys, room, heads, sample_stride,
+    token_stride, head_stride, D: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS tokens of one head, [ROWS, D] → [D, ROWS]; zeros beyond the last."""
+    head, sample = tl.program_id(1), tl.program_id(2)
+    rows, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
+    here = (sample * heads + head).to(tl.int64)
+    start = v + sample.to(tl.int64) * sample_stride + head * head_stride
+    inside = (rows < keys)[:, None]
+    tokens = tl.load(start + rows.to(tl.int64)[:, None] * token_stride + d[None, :], inside, 0.0).to(tl.float32)
+    steps = (tokens - tl.load(mean + here * D + d)[None, :]) / tl.load(scale + here * D + d)[None, :]
+    steps = tl.where(inside, tl.minimum(tl.maximum(steps, -LARGEST), LARGEST), 0.0)
+    if LARGEST == 127:
+        steps = tl.where(steps < 0, steps - 0.5, steps + 0.5)
+    place = out + here * D * room + d[None, :] * room + rows[:, None]
+    tl.store(place, steps.to(out.dtype.element_ty))
 
 
 @jit
@@ -234,7 +321,7 @@ def _attend_kernel(
     queries = tl.load(q + (here * length + rows)[:, None] * D + d[None, :], inside[:, None], 0)
     step = tl.load(q_scale + here * length + rows, inside, 0.0)
     k += here * keys * D
-    k_scale += here * keys
+    k_scale += here * tl.cdiv(keys, COLUMNS)
     v += sample.to(tl.int64) * v_sample + head.to(tl.int64) * v_head
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -262,32 +349,35 @@ def _take_keys(
     v_channel, peak, total, result, D: tl.constexpr, COLUMNS: tl.constexpr, PV: tl.constexpr,
     SHIFT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys. Scores are in base 2: log2 e is in the queries' scale."""
+    """One block of keys. Exponents are of base 2: log2 e is in the queries' scale. The instructions per score decide
+    the speed: a scale for each row, its maximum in it, and the factor that probabilities are rounded with are one
+    multiplication and addition inside the exponent."""
     columns, d = start + tl.arange(0, COLUMNS), tl.arange(0, D)
+    step = step * tl.load(k_scale + start // COLUMNS)
     if LAST:
         inside = columns < keys
         these = tl.load(k + columns.to(tl.int64)[None, :] * D + d[:, None], inside[None, :], 0)
-        key_step = tl.load(k_scale + columns, inside, 0.0)
         values = tl.load(v + columns.to(tl.int64)[:, None] * v_token + d[None, :] * v_channel, inside[:, None], 0.0)
+        scores = tl.where(inside[None, :], tl.dot(queries, these).to(tl.float32), -3e38)  # times no step, too
     else:
         these = tl.load(k + columns.to(tl.int64)[None, :] * D + d[:, None])
-        key_step = tl.load(k_scale + columns)
         values = tl.load(v + columns.to(tl.int64)[:, None] * v_token + d[None, :] * v_channel)
-    scores = tl.dot(queries, these).to(tl.float32) * key_step[None, :] * step[:, None]
-    if LAST:
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-    top = tl.max(scores, 1)
+        scores = tl.dot(queries, these).to(tl.float32)
+    top = tl.max(scores, 1) * step
     higher = tl.maximum(peak, top)
     fade = tl.exp2(peak - higher)
-    if PV == 2:  # INT8: relative to this block's own largest
-        p = tl.exp2(scores - top[:, None])
-        weight = tl.exp2(top - higher)
+    if PV == 2:  # INT8: 127 times the probabilities relative to this block's own largest
+        p = tl.exp2(scores * step[:, None] + (6.988684686772166 - top)[:, None])
+        weight = tl.exp2(top - higher - 6.988684686772166)
         total = total * fade + tl.sum(p, 1) * weight
-        product = tl.dot((p * 127.0 + 0.5).to(tl.int8), values).to(tl.float32)
-        result = result * fade[:, None] + product * (weight / 127.0)[:, None]
+        # 1.5 · 2²³ leaves the nearest whole number in the lowest byte.
+        steps = (p + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+        result = result * fade[:, None] + tl.dot(steps, values).to(tl.float32) * weight[:, None]
     else:
-        p = tl.exp2(scores - higher[:, None] + SHIFT)
+        p = tl.exp2(scores * step[:, None] + (SHIFT - higher)[:, None])
         total = total * fade + tl.sum(p, 1)
-        # Added outside of the product: on Hopper, FP8 products are summed in fewer bits than float32 has.
-        result = result * fade[:, None] + tl.dot(p.to(values.dtype), values)
+        if PV == 1:  # added outside of the product: on Hopper, FP8 products are summed in fewer bits than float32 has
+            result = result * fade[:, None] + tl.dot(p.to(values.dtype), values)
+        else:
+            result = tl.dot(p.to(values.dtype), values, result * fade[:, None])
     return higher, total, result

@@ -1,21 +1,22 @@
-"""The feed-forward's activation, alone or quantized for an 8-bit product."""
+"""The feed-forward's activation, rounded to what the second product takes: bf16, or 8-bit rows."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wan22.kernels.dispatch import jit, launch, row_block, tl, use_triton
-
-FP8_MAX = 448.0  # the largest float8_e4m3fn
-SMALLEST = 1e-12  # of a row: below it, zeros are as good
+from wan22.kernels.quantize_rows import LARGEST, Quantized, Rows, empty_rows, quantize_rows_plain, store_row
 
 
-def gelu(x: Tensor) -> Tensor:
+def gelu(x: Tensor, dtype: torch.dtype | None = None) -> Rows:
     """GELU in its tanh form (Hendrycks and Gimpel 2016, section 2), evaluated in float32, in x's dtype; any shape.
+    An 8-bit dtype makes it `gelu_quantize`.
 
     In inference on a GPU the result takes x's memory (2.1 GB at 720p). Bytes, at least: 2 + 2 an element; 4.2 GB for
     75,600 tokens of width 13,824.
     """
+    if dtype in LARGEST:
+        return gelu_quantize(x, dtype)
     if not use_triton(x) or not x.is_contiguous():
         return F.gelu(x, approximate="tanh")
     out, block = torch.empty_like(x) if torch.is_grad_enabled() else x, 2048
@@ -23,26 +24,18 @@ def gelu(x: Tensor) -> Tensor:
     return out
 
 
-def gelu_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU, quantized row by row: x [..., C] → float8_e4m3fn [..., C] and scales [..., 1] float32, with
-    gelu(x) ≈ quantized · scale.
+def gelu_quantize(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Quantized:
+    """GELU, quantized row by row: x [..., C] → values [..., C] and scales [..., 1].
 
     Bytes, at least: 2 + 1 an element; 3.1 GB for 75,600 tokens of width 13,824.
     """
     if not use_triton(x):
-        return gelu_quantize_plain(x)
+        return quantize_rows_plain(F.gelu(x.float(), approximate="tanh"), dtype)
     x = x.contiguous()
-    out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     width = x.shape[-1]
-    launch(_quantize_kernel, (x.numel() // width,), x, out, scale, width, FP8_MAX, SMALLEST, **row_block(width))
-    return out, scale
-
-
-def gelu_quantize_plain(x: Tensor) -> tuple[Tensor, Tensor]:
-    y = F.gelu(x.float(), approximate="tanh")
-    scale = y.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / FP8_MAX
-    return (y / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+    values, scale = empty_rows(x.shape, dtype, x.device)
+    launch(_quantize_kernel, (x.numel() // width,), x, values, scale, width, LARGEST=LARGEST[dtype], **row_block(width))
+    return Quantized(values, scale)
 
 
 @jit
@@ -60,15 +53,9 @@ def _kernel(x, out, count, BLOCK: tl.constexpr):
 
 
 @jit
-def _quantize_kernel(
-    x, out, scale, C: tl.constexpr, MAX: tl.constexpr, LEAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+def _quantize_kernel(x, out, scale, C: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     """One program, one row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     value = _gelu(tl.load(x + row * C + i, i < C, 0.0).to(tl.float32))
-    factor = tl.maximum(tl.max(tl.abs(value), 0), LEAST) / MAX
-    tl.store(scale + row, factor)
-    value = tl.minimum(tl.maximum(value / factor, -MAX), MAX)
-    tl.store(out + row * C + i, value.to(out.dtype.element_ty), i < C)
+    store_row(out + row * C + i, i < C, value, scale, row, LARGEST)

@@ -1,0 +1,166 @@
+"""The commands over many videos: batch, status, sheet, gallery. `cli.py` adds them to its own.
+
+Thin as those are: flags → one call, and torch only inside a command.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wan22.config import DEFAULT_TASK, RequestError
+from wan22.options import normalize, read_base, read_checkpoint, read_encoding, read_placement, with_options_of
+from wan22.video import check_writable
+
+if TYPE_CHECKING:
+    from wan22.batch import Engine
+    from wan22.batch_worker import Work
+
+# For the whole batch, or for one video alone.
+NOT_IN_BATCH = (
+    "prompt", "output", "overwrite", "from_file", "json_lines", "dry_run", "sidecar", "use_prompt_extend",
+    "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang", "prompt_extend_url",
+    "prompt_extend_fallback", "gpus", "ulysses_size", "ring_size", "dit_fsdp", "t5_fsdp",
+)  # fmt: skip
+OF_A_LINE = (
+    "prompt", "negative_prompt", "size", "frames", "fps", "steps", "shift", "solver", "guidance", "guidance_low",
+    "lora", "lora_high", "lora_low", "lead_steps", "guidance_lead", "guidance_start", "guidance_stop", "seed",
+    "noise_device", "task",
+)  # fmt: skip
+
+
+def add_to(app: typer.Typer, generate: Callable[..., None]) -> None:
+    """The four commands, of which batch takes generate's options too."""
+
+    @app.command("batch")
+    @with_options_of(generate, without=NOT_IN_BATCH)
+    @functools.wraps(batch)
+    def checked(**flags: Any) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RequestError("a batch is not for torchrun: each GPU makes videos of its own", hint="--workers N")
+        batch(**flags)
+
+    for command in (status, sheet, gallery):
+        app.command()(command)
+
+
+def batch(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(help="Prompts (.txt), a table (.jsonl, .csv), or a folder of videos.")],
+    output: Annotated[str | None, typer.Option("--output", help="The folder; default: FILE-videos.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="1..8, or 1,2,5: each item with each of them.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Each item so often, with another seed each time.")] = 1,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only this part; default: a SLURM array's.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one a GPU, one on a CPU.")] = None,
+    engine: Annotated[str, typer.Option(help="local: processes here; ray: actors of a Ray cluster.")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of a cluster; default: one that Ray finds, or starts.")
+    ] = None,
+    gpus_per_worker: Annotated[int | None, typer.Option(min=1, help="That Ray keeps for a worker; default: 1.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
+    json_lines: Annotated[bool, typer.Option("--json", help="Events, one JSON object a line on stdout.")] = False,
+    **flags: Any,
+) -> None:
+    """Make many videos; run again, or elsewhere too, to go on. Flags of generate count for items that do not say."""
+    flags["prompt"] = flags["from_file"] = None
+    if seeds and (repeat > 1 or flags["seed"] is not None):
+        raise RequestError("--seeds goes with neither --seed nor --repeat", hint="give one of them")
+    from wan22 import batch as library
+    from wan22.batch_worker import Work
+    from wan22.gallery import write_gallery
+    from wan22.items import parse_seeds, read_items
+
+    source, base = Path(file), read_base(flags)
+    part, parts = library.parse_shard(shard)
+    checkpoint = read_checkpoint(flags, base, DEFAULT_TASK)
+    parse = functools.partial(parse_line, context.find_root().command)
+    items, bad = read_items(source, flags, base, checkpoint, parse,
+                            seeds=parse_seeds(seeds) if seeds else [], repeat=repeat)  # fmt: skip
+    items, bad = items[part::parts], bad if part == 0 else []
+    folder = Path(output or f"{source.resolve().stem}-videos")
+    check_writable(folder / "video.mp4", if_exists="number", encoding=read_encoding(flags, base))
+    work = Work(dict(flags), base, folder, identity=checkpoint.identity())
+    started = start_engine(engine, ray_address, gpus_per_worker, workers, work)
+    try:
+        there = None if engine == "local" else started.devices[0].partition(":")[0]
+        jobs, bad = library.plan_jobs(items, bad, flags, base, there)
+        if dry_run:
+            print("\n".join([*(f"{folder / job.name}" for job in jobs)]))
+            print("\n".join(f"bad {one.where}: {one.error}" for one in bad), file=sys.stderr)
+            return
+        tell = functools.partial(library.json_lines, sys.stdout) if json_lines else library.console(len(jobs))
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray prints what it has to say; stdout is for data
+            outcomes = library.Batch(jobs, folder, started, tell).run(bad)
+    finally:
+        started.close()
+    page = write_gallery(folder)
+    if json_lines:
+        tell("finished", gallery=str(page), outcomes=[vars(outcome) for outcome in outcomes])
+    else:
+        print(library.table(outcomes), f"gallery: {page}", sep="\n", file=sys.stderr)
+        print("\n".join(str(folder / one.name) for one in outcomes if one.what in ("done", "there")))
+    raise typer.Exit(any(one.what in ("failed", "bad") for one in outcomes))
+
+
+def start_engine(engine: str, address: str | None, gpus: int | None, workers: int | None, work: "Work") -> "Engine":
+    """What makes the videos. Raises RequestError."""
+    placement = read_placement(work.flags, work.base)
+    if engine == "ray":
+        from wan22.batch_ray import RayEngine
+
+        return RayEngine(address, workers, gpus, placement, work)
+    if engine != "local":
+        raise RequestError(f"--engine {engine}: unknown", hint="known: local, ray")
+    for flag, value in (("--ray-address", address), ("--gpus-per-worker", gpus)):
+        if value is not None:
+            raise RequestError(f"{flag} is for --engine ray")
+    from wan22.batch_local import LocalEngine, count_workers
+
+    return LocalEngine(count_workers(workers, placement), work)
+
+
+def parse_line(app: Any, words: list[str]) -> dict[str, Any]:
+    """The flags that an item of a batch gives, read as generate reads its own. Raises RequestError, UsageError."""
+    command = app.commands["generate"]
+    context = command.make_context("generate", normalize(words)[0], help_option_names=[])
+    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
+    if wrong := sorted(given - set(OF_A_LINE)):
+        raise RequestError(f"--{wrong[0].replace('_', '-')} is for the whole batch")
+    return {name: context.params[name] for name in given}
+
+
+def status(
+    folder: Annotated[str, typer.Argument(help="The folder of a batch.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what of a batch is done, running, failed and waiting, and the time left."""
+    from wan22 import journal
+
+    if not (Path(folder) / journal.NAME).is_file():
+        raise RequestError(f"{folder}: there was no batch here", hint="name the folder that a batch writes to")
+    found = journal.status(Path(folder))
+    print(json.dumps(found, ensure_ascii=False) if as_json else journal.as_text(found))
+
+
+def sheet(
+    files: Annotated[list[str], typer.Argument(help="Videos, GIFs or folders of frames.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The picture to write.")] = "sheet.png",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a picture that exists.")] = False,
+) -> None:
+    """Make one picture of many videos, with their prompts and seeds."""
+    from wan22.gallery import write_sheet
+
+    print(write_sheet([Path(file) for file in files], Path(output), overwrite))
+
+
+def gallery(folder: Annotated[str, typer.Argument(help="A folder of videos.")]) -> None:
+    """Write index.html over a folder: players, prompts, seeds, and the command that makes each again."""
+    from wan22.gallery import write_gallery
+
+    print(write_gallery(Path(folder)))

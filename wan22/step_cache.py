@@ -1,0 +1,110 @@
+"""Steps that compute one block instead of forty, while that one says that little has changed.
+
+What the blocks add to the residual stream changes slowly from step to step. The first block is always computed; while
+its contribution differs little from what it was at the last computed step, the other blocks' contribution is taken from
+there. (First-block caching: ParaAttention, Cheng 2024; after TeaCache, Liu et al. 2024.) An approximation: opt-in, with
+its threshold in `Precision.step_cache`.
+
+A cache belongs to one run and wraps one expert at a time, from outside. It keeps its numbers apart for each guidance
+branch, and drops them with the expert. The step's first branch decides for both: their difference is multiplied by the
+guidance, so they had better be of the same age. The first and last steps of each expert are always computed.
+"""
+
+import functools
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wan22.model import ContextKV, WanTransformer
+
+FIRST_STEPS, LAST_STEPS = 2, 1  # of each expert, always computed
+MOST_SKIPPED = 3  # in a row
+COMPARED_TOKENS = 4096  # of the first block's contribution, evenly spread: comparing all would tell the same
+
+
+@dataclass
+class _Branch:
+    """What the last computed step left: the first block's contribution [B, ≤ COMPARED_TOKENS, E] float32, and the other
+    blocks' [B, L, E] in the weights' dtype. context: whose branch it is, held so that nothing else takes its identity.
+    """
+
+    context: ContextKV
+    first: Tensor
+    rest: Tensor
+
+
+class StepCache:
+    """threshold: mean |change of the first block's contribution| ÷ mean |contribution|, below which the rest is not
+    computed; at 0 nothing is ever skipped."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self.skipped = 0  # steps
+        self._model: weakref.ref[WanTransformer] | None = None
+        self._branches: dict[int, _Branch] = {}
+        self._may_skip, self._skip = False, None  # type: bool, bool | None
+
+    def attach(self, model: WanTransformer) -> None:
+        """Wrap this expert, with nothing remembered."""
+        self.detach()
+        if self.threshold:
+            # Weak, or the module would hold itself and its weights till the garbage collector comes.
+            self._model = weakref.ref(model)
+            setattr(model, "run_blocks", functools.partial(self._run_blocks, self._model))  # noqa: B010
+
+    def detach(self) -> None:
+        """Leave the expert as it was, and remember nothing."""
+        if self._model and (model := self._model()):
+            del model.run_blocks
+        self._model = None
+        self._branches.clear()
+
+    def begin_step(self, may_skip: bool) -> None:
+        """The evaluations from now on are of the next step."""
+        self._may_skip, self._skip = may_skip, None
+
+    def end_step(self) -> bool:
+        """Whether the step was computed, and not taken from an earlier one."""
+        self.skipped += bool(self._skip)
+        return not self._skip
+
+    def change(self, now: Tensor, before: Tensor) -> float:
+        """Of the first block's contribution, relative. Whoever splits a sequence over GPUs makes them agree here."""
+        return ((now - before).abs().mean() / before.abs().mean()).item()
+
+    def _run_blocks(
+        self, held: "weakref.ref[WanTransformer]", x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor],
+        context: ContextKV,
+    ) -> Tensor:  # fmt: skip
+        """As WanTransformer.run_blocks; x is overwritten."""
+        model = held()
+        assert model is not None
+        branch, stride = self._branches.get(id(context)), max(1, x.shape[1] // COMPARED_TOKENS)
+        before = x[:, ::stride].clone()
+        (head, *blocks), (keys_values, *others) = model.blocks, context
+        x = head(x, time, rope, keys_values)
+        first = x[:, ::stride] - before
+        if self._skip is None:
+            known = self._may_skip and branch is not None
+            self._skip = known and self.change(first, branch.first) < self.threshold  # type: ignore[union-attr]
+        if self._skip and branch is not None:
+            return x.add_(branch.rest)
+        rest = x.clone()
+        for block, keys_values in zip(blocks, others, strict=True):
+            x = block(x, time, rope, keys_values)
+        torch.sub(x, rest, out=rest)
+        self._branches[id(context)] = _Branch(context, first, rest.to(model.dtype))
+        return x
+
+
+def always_computed(experts: Sequence[str]) -> set[int]:
+    """experts: whose turn it is, step by step → the steps that no cache may skip."""
+    computed: set[int] = set()
+    for _, turn in itertools.groupby(range(len(experts)), key=lambda index: experts[index]):
+        steps = list(turn)
+        computed |= {*steps[:FIRST_STEPS], *steps[-LAST_STEPS:]}
+    return computed
