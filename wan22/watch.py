@@ -95,7 +95,7 @@ class Member:
         """Tell of an error, and wait for the end that comes of it; the exit code, should it not come."""
         with contextlib.suppress(OSError):
             self._say({"news": vars(news)})
-            self._ended.wait(15)
+            time.sleep(15)  # in which the other thread saves what can be, and ends the process
         return news.code
 
     def leave(self) -> None:
