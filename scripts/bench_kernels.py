@@ -157,8 +157,12 @@ def attentions(sweep: bool) -> Iterator[tuple[str, Callable[[], Attend]]]:
 
         return run
 
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     for pv in attention_8bit.PV:
         yield f"int8 scores, {pv}", partial(ours, pv, None)
+        for keys in (128, 64) if pv == "bf16" and hopper else ():
+            form = attention_8bit.Form(keys=keys, hopper=True)
+            yield f"int8 scores, bf16, Hopper's own, {keys} keys", partial(ours, pv, form)
         for form in FORMS if sweep else ():
             said = f"{form.queries} queries, {form.keys} keys, {form.warps} warps, {form.stages} stages"
             yield f"int8 scores, {pv}, {said}", partial(ours, pv, form)

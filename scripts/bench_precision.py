@@ -220,7 +220,7 @@ def velocities(
     reference: Tensor | None = None
     if against == "float32":
         model = build(config, Precision("float32", "torch"), torch.float32, device)
-        reference = velocity(model, grid, Clock(device, 0) if device.type == "cuda" else clock)[0]
+        reference = velocity(model, grid, Clock(device, 1) if device.type == "cuda" else clock)[0]
         del model
     base = None
     for name, asked in recipes(capability):

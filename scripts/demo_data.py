@@ -95,12 +95,17 @@ def contrast(first: str, second: str) -> float:
 # Choosing scenes
 
 
+_MOTION_WEIGHTS = tuple({"spinning": 3, "bouncing": 2}.get(motion, 1) for motion in MOTIONS)
+"""How often each is drawn for training: what moves most from frame to frame is the hardest to learn."""
+
+
 def _sample_actor(rng: random.Random, held_out: bool, sizes: Sequence[str]) -> Actor:
     if held_out:
         colour, shape, motion = rng.choice(HELD_OUT)
     else:
         while True:
-            colour, shape, motion = rng.choice(COLOUR_NAMES), rng.choice(SHAPES), rng.choice(MOTIONS)
+            colour, shape = rng.choice(COLOUR_NAMES), rng.choice(SHAPES)
+            motion = rng.choices(MOTIONS, _MOTION_WEIGHTS)[0]
             if is_possible(shape, motion) and not is_held_out(colour, shape, motion):
                 break
     return _with_manner(rng, colour, shape, motion, sizes)

@@ -14,11 +14,12 @@ from typing import Any
 import demo_data
 import torch
 import torch.nn.functional as F
-from demo_training import CLASSES, SPEC, TRAINED_LEN, Size, autocast, say, to_frames, tokenizer_file, write_sheet
+from demo_training import CLASSES, ROOT, SPEC, TRAINED_LEN, Size, autocast, say, to_frames, tokenizer_file, write_sheet
 from demo_vae import WholeSequence, build_vae, published_statistics, trained_vae
 from torch import Tensor, nn
 
 from wan22.model import TransformerConfig, WanTransformer
+from wan22.tensor_names import text_encoder_name
 
 EXPERT: dict[str, Any] = {"dim": 192, "ffn_dim": 640, "num_heads": 6, "num_layers": 6, "freq_dim": 256, "text_dim": 128}
 
@@ -111,16 +112,32 @@ class Models:
         return self.experts[name]
 
     def load(self, name: str, averaged: bool = True) -> dict[str, Any]:
-        """A part as its training left it: with its average for weights, or with its own. Returns the state, empty
-        where there is none."""
+        """A part as its training left it: with its average for weights, or with its own. Returns the state; where there
+        is none, an empty one, and the weights are the package's, if it has them."""
         path = self.work / f"{name}.pt"
         if not path.exists():
+            self._load_packaged(name)
             return {}
         state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
         source = state["average"] if averaged or "own" not in state else state["own"]
         for key, parameter in self.part(name).named_parameters():
             parameter.data.copy_(source[f".{key}"])
         return state
+
+    def _load_packaged(self, name: str) -> None:
+        from safetensors.torch import load_file
+
+        folder = ROOT / "wan22/demo"
+        if name == "words":
+            files, module = [folder / "models_t5_umt5-xxl-enc-bf16.safetensors"], self.text_encoder
+        else:
+            expert = SPEC.experts[("high", "low").index(name)]
+            files, module = sorted((folder / expert).glob("*.safetensors")), self.experts[name]
+        state = {key: tensor for file in files if file.exists() for key, tensor in load_file(file).items()}
+        if state and name == "words":
+            state = {text_encoder_name(key): tensor for key, tensor in state.items()}
+        if state:
+            module.load_state_dict(state, strict=name != "words")  # a text encoder has a second name for its embedding
 
     def context(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids [B, M], padded with 0 → context rows [B, M, E], zero where padded; and the mask [B, M]."""

@@ -62,12 +62,22 @@ def test_rows(run):
     assert table["run"]["seconds"] == pytest.approx(80 * table["forward"]["seconds"])
 
 
-@pytest.mark.parametrize("offload", ["expert", "block", "disk"])
+@pytest.mark.parametrize("offload", ["auto", "expert", "block", "disk"])
 def test_text_and_placements(run, offload):
     code, out, _ = run("--quick", "--offload", offload)
     assert code == 0
-    assert f"--offload {offload}" in out
+    assert f"--offload {'none' if offload == 'auto' else offload}" in out
     assert all(f"  {part}" in out for part in ("q k v", "attention", "o", "cross", "ffn", "norms, elementwise"))
+
+
+def test_8_bits(run):
+    """Products in scope are measured as the model makes them; approximate attention may set the floor then."""
+    code, out, _ = run("--quick", "--json", "--dtype", "int8", "--scope", "ffn", "--attention", "int8")
+    rows = [json.loads(line) for line in out.splitlines()]
+    dtypes = {row["name"]: row["dtype"] for row in rows if row["kind"] == "product"}
+    assert code == 0
+    assert (dtypes["ffn in"], dtypes["q k v"], dtypes["head"]) == ("int8", "bfloat16", "float32")
+    assert next(row for row in rows if row["kind"] == "forward")["finite"]
 
 
 @pytest.mark.slow
@@ -83,6 +93,12 @@ def test_diffusers_does_the_same_work(run):
     assert (code, row["name"], row["form"]) == (0, "diffusers", "eager")
     print(f"velocity: {row['difference']:.1e} from diffusers'")
     assert row["difference"] < 2e-5
+
+
+def test_what_does_not_fit(run):
+    code, out, err = run("--size", "16384x16384", "--frames", "81", "--offload", "auto")
+    assert (code, out) == (3, "")
+    assert "it does not fit: --offload" in err
 
 
 def test_what_cannot_be(run, small, monkeypatch):
@@ -192,6 +208,7 @@ def test_decoding_and_text(run):
     assert code == 0
     assert list(table) == [("text", "float32"), ("decode", "float32"), ("decode", "diffusers float32"),
                            ("decode", "bf16"), ("decode", "diffusers bf16")]  # fmt: skip
-    assert table["decode", "diffusers float32"]["psnr"] > 100
+    assert table["decode", "float32"]["psnr"] is None
+    assert (table["decode", "diffusers float32"]["psnr"] or 200) > 100
     assert table["decode", "bf16"]["psnr"] > max(50, table["decode", "diffusers bf16"]["psnr"])
     assert run("--no-forward")[0] == 2

@@ -511,6 +511,13 @@ def nvfp4(path, experts):
     return ["--high-noise"], ["'nvfp4'"]
 
 
+def whole_numbers(path, experts):
+    table = {name: tensor.to(torch.int8) if name.endswith("ffn.0.weight") else tensor
+             for name, tensor in experts[HIGH].items()}  # fmt: skip
+    save_file(table, path)
+    return ["--high-noise"], ["blocks.0.ffn.0.weight is of whole numbers (I8)"]
+
+
 def low_by_its_metadata(path, experts):
     made.gguf_file(path, experts[HIGH], "F16", general__name="Wan2.2 T2V A14B LowNoise")
     return ["--high-noise"], ["the low-noise expert", "general.name", "swapped"]
@@ -521,7 +528,7 @@ BAD_PARTS = [
     expert_as_text_encoder, t5, adapter, unknown_tensors, gguf_of_flux, gguf_text_as_expert, gguf_truncated,
     gguf_cut_in_its_header, gguf_of_absurd_counts, gguf_of_an_absurd_array, safetensors_of_an_absurd_header,
     lfs_pointer, pickle_with_code, fp8_without_a_scale, fp8_without_its_new_scale, fp8_scales_without_a_weight,
-    fp8_in_blocks, nvfp4, low_by_its_metadata,
+    fp8_in_blocks, nvfp4, whole_numbers, low_by_its_metadata,
 ]  # fmt: skip
 
 

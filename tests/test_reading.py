@@ -67,7 +67,7 @@ def test_a_gpu_gets_the_same_bits(expert, tmp_path, monkeypatch, form, dtype):
     source = publish(find_tensors(path), EXPERT)
     meant = read_all(source, dtype)
     device, held = torch.device("cuda"), []
-    for _ in range(3):
+    for _ in range(8):
         targets = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in source.shapes.items()}
         torch.cuda._sleep(10_000_000)  # work that still uses the targets' memory
         for target in targets.values():
@@ -75,8 +75,8 @@ def test_a_gpu_gets_the_same_bits(expert, tmp_path, monkeypatch, form, dtype):
         source.read(targets)
         assert all(torch.equal(targets[name].cpu(), tensor) for name, tensor in meant.items())
         held.append(torch.cuda.memory_reserved())
-    print(f"reserved: {held[-1]:,} bytes")
-    assert held[1] == held[2]
+    print(f"reserved: {held[2]:,} bytes, in the end {held[-1]:,}")
+    assert held[-1] - held[2] <= 4 << 20  # which thread takes a segment of 2 MiB first is chance; five would be a leak
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e5m2, torch.int64, torch.bool])
@@ -146,10 +146,11 @@ def test_warming(expert, tmp_path, monkeypatch):
     save_file(expert, tmp_path / "x")
     asked, stop = [], threading.Event()
     monkeypatch.setattr(os, "posix_fadvise", lambda file, *words: asked.append(words))
-    monkeypatch.setattr(reading, "WARM_BYTES", 1 << 20)
     size = (tmp_path / "x").stat().st_size
+    assert size > 2 * reading.ASKED_BYTES
     Safetensors(tmp_path / "x").warm(stop)
-    assert sum(length for _, length, _ in asked) >= size
+    assert sum(length for _, length, _ in asked) == size
+    assert max(length for _, length, _ in asked) <= 1 << 20  # Linux would cut it
     assert {advice for *_, advice in asked} == {os.POSIX_FADV_WILLNEED}
     stop.set()
     asked.clear()

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 FLOORS = [
     {"cli"},
-    {"cli_many"},
+    {"cli_many", "cli_bench"},
     {"batch", "bench", "compare"},
     {"batch_local", "batch_ray"},
     {"batch_worker"},

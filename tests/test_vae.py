@@ -52,6 +52,29 @@ def test_longer_chunks_are_the_same(vae, clip):
         vae.chunk = 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2)])
+def test_everything_lies_as_the_kernel_wants_it(tiny, clip, monkeypatch, dtype, grid):
+    """Else a GPU would run the plain form: right, and slow. The same numbers, whatever the layout."""
+    from wan22 import vae_decoder
+    from wan22.kernels.norm_silu import _rows_of_channels, norm_silu
+
+    seen = []
+    expected = torch.cat(list(VideoVAE(tiny, CPU, dtype).decode(clip, grid)))
+    monkeypatch.setitem(vae_decoder.LAYOUT, "cpu", torch.channels_last_3d)
+
+    def watched(x, gamma, out):
+        seen.append((x.shape[2], _rows_of_channels(x), _rows_of_channels(out)))
+        norm_silu(x, gamma, out)
+
+    monkeypatch.setattr(vae_decoder, "norm_silu", watched)
+    frames = torch.cat(list(VideoVAE(tiny, CPU, dtype).decode(clip, grid)))
+    assert (frames - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.05)
+    assert len(seen) > 80
+    assert all(x and out for _, x, out in seen)
+    assert {frames for frames, _, _ in seen} == ({1, 2, 4} if dtype == torch.float32 else {1, 2, 4, 8})
+
+
 @pytest.mark.parametrize("demo", [False, True])
 def test_bf16(tiny, clip, demo):
     """PSNR to float32, of a VAE of random numbers and of a trained one."""

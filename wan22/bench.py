@@ -8,7 +8,7 @@ Every measurement is a row, told as soon as it is known: a dict whose `kind` say
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -21,9 +21,13 @@ from wan22.attention import BACKENDS, Attend, find, functions, limit, reference,
 from wan22.checkpoint import Checkpoint, Expert
 from wan22.clock import Clock, PartTimes
 from wan22.config import GPU_RESERVE, DoesNotFit, Placement, Precision, Request, RequestError
+from wan22.kernels.product_8bit import product_8bit
+from wan22.kernels.quantize_rows import quantize_rows_plain
+from wan22.load import eight_bit_of
 from wan22.model import TransformerConfig
 from wan22.pipeline import Pipeline, _device
 from wan22.plan import Option, gib, make_plan
+from wan22.quantize import EightBit
 from wan22.random_weights import random_checkpoint
 from wan22.rivals import check_rival, rival
 from wan22.sampling import plan_steps
@@ -84,7 +88,7 @@ def forward_rows(pipeline: Pipeline, request: Request, options: Options) -> Iter
     yield about(pipeline, request, config, tokens, option.residency.kind)
 
     ceilings = []
-    for row in ceiling_rows(clock, config, tokens, dtype, options.repeats):
+    for row in ceiling_rows(clock, config, tokens, dtype, options.repeats, eight_bit_of(pipeline.precision)):
         ceilings.append(row)
         yield row
     exact = BACKENDS[pipeline.experts.attention].exact
@@ -93,7 +97,8 @@ def forward_rows(pipeline: Pipeline, request: Request, options: Options) -> Iter
     _empty_cache(device)
 
     context = random_context(expert, config, device)
-    pipeline.experts.use([option.residency])
+    # One expert is looked at: the other one needs no place in the host's memory.
+    pipeline.experts.use([replace(option.residency, host_experts=min(1, option.residency.host_experts))])
     model = pipeline.experts.get(expert.name)
     inputs = random_inputs(request, device)
     keys_values = model.embed_context(context)
@@ -121,7 +126,7 @@ def forward_rows(pipeline: Pipeline, request: Request, options: Options) -> Iter
         phases |= {row["name"]: row["seconds"]} if row["kind"] == "phase" else {}
         yield row
     yield {"kind": "run", "steps": request.num_steps, "evaluations": evaluations(request), "phases": phases,
-           "seconds": sum(phases.values())}  # fmt: skip
+           "seconds": sum(phases.values()), "step_cache": pipeline.precision.step_cache}  # fmt: skip
     for name in options.against:
         yield from rival_rows(name, pipeline, expert, clock, inputs, context, velocity, mine, options)
 
@@ -148,15 +153,17 @@ def about(pipeline: Pipeline, request: Request, config: TransformerConfig, token
 
 
 def option_for(pipeline: Pipeline, request: Request) -> Option:
-    """The placement asked for, in its best form here; only the steps of it must fit. Raises DoesNotFit."""
+    """The placement asked for, in its best form here, or the first that fits; only the steps of it must. Raises
+    DoesNotFit."""
     gpu, host = pipeline.experts.memory.rooms()
     plan = make_plan(request, pipeline.precision, pipeline.placement, pipeline.sizes, gpu, host)
-    option = next(one for one in plan.options if one.residency.kind == pipeline.placement.offload)
-    free, needs = (plan.gpu_free - GPU_RESERVE if gpu else host.free), option.peak("denoise")
-    if needs > free:
-        raise DoesNotFit(f"it does not fit: --offload {option.residency.kind} needs {gib(needs)}; free: {gib(free)}",
-                         hint="--layers N, a smaller --size, or --offload block")  # fmt: skip
-    return option
+    options = [one for one in plan.options if pipeline.placement.offload in ("auto", one.residency.kind)]
+    free = plan.gpu_free - GPU_RESERVE if gpu else host.free
+    if fitting := [one for one in options if one.peak("denoise") <= free]:
+        return fitting[0]
+    least = min(options, key=lambda one: one.peak("denoise"))
+    said = f"--offload {least.residency.kind} needs {gib(least.peak('denoise'))}; free: {gib(free)}"
+    raise DoesNotFit(f"it does not fit: {said}", hint="--layers N, a smaller --size, or --offload block")
 
 
 def evaluations(request: Request) -> int:
@@ -166,9 +173,11 @@ def evaluations(request: Request) -> int:
 
 # --- the ceilings and the floor --------------------------------------------------------------------------------------
 def ceiling_rows(
-    clock: Clock, config: TransformerConfig, tokens: int, dtype: torch.dtype, repeats: int
-) -> Iterator[Row]:
-    """Each matrix product, and attention at every backend that is here, alone on random numbers."""
+    clock: Clock, config: TransformerConfig, tokens: int, dtype: torch.dtype, repeats: int,
+    eight_bit: EightBit | None = None,
+) -> Iterator[Row]:  # fmt: skip
+    """Each matrix product, and attention at every backend that is here, alone on random numbers. eight_bit: what the
+    model's products are in, whose rows come quantized here."""
     device = clock.device
     generator = torch.Generator(device).manual_seed(SEED)
 
@@ -179,10 +188,16 @@ def ceiling_rows(
         kind = torch.float32 if product.float32 else dtype
         x, weight = draw(product.rows, product.inner, dtype=kind), draw(product.columns, product.inner, dtype=kind)
         bias = draw(product.columns, dtype=kind)
-        seconds = clock(partial(F.linear, x, weight, bias), max(3, repeats))
-        yield {"kind": "product", "name": product.name, "shape": [product.rows, product.inner, product.columns],
-               "times": product.times, "seconds": seconds, "flops_a_second": product.flops / seconds}  # fmt: skip
-        del x, weight, bias
+        call, name = partial(F.linear, x, weight, bias), str(kind).removeprefix("torch.")
+        if eight_bit and not product.float32 and (eight_bit.scope == "all" or product.name.startswith("ffn")):
+            call = partial(product_8bit, quantize_rows_plain(x, eight_bit.dtype),
+                           *quantize_rows_plain(weight, eight_bit.dtype), bias)  # fmt: skip
+            name = eight_bit.kind
+        seconds = clock(call, max(3, repeats))
+        yield {"kind": "product", "name": product.name, "dtype": name, "times": product.times,
+               "shape": [product.rows, product.inner, product.columns],
+                "seconds": seconds, "flops_a_second": product.flops / seconds}  # fmt: skip
+        del x, weight, bias, call
     for one in work.attentions(config, tokens):
         q = draw(1, one.queries, one.heads, one.head_dim, dtype=dtype)
         k, v = (draw(1, one.keys, one.heads, one.head_dim, dtype=dtype) for _ in range(2))
@@ -290,16 +305,21 @@ def rival_rows(
             with shortened(model, WARM_BLOCKS):
                 warm_up = clock(partial(forward, *inputs, context), warm_up=False)
             _reset_peak(device)
-            call = partial(forward, *inputs, context)
+            made: list[Tensor] = []
+            call = partial(_keeping, made, forward, *inputs, context)
             seconds = clock(call, 1 if options.quick else options.repeats, warm_up=False)
             yield {"kind": "forward", "name": name, "form": "compiled" if compiled else "eager",
                    "attention": mine["attention"], "seconds": seconds, "times_ours": seconds / mine["seconds"],
                    "compile_seconds": warm_up if compiled else None,
-                   "difference": relative_error(call(), velocity) if not (options.quick and compiled) else None,
+                   "difference": relative_error(made[0], velocity),
                    **speed(seconds, config, tokens, device)}  # fmt: skip
     if compiled:
         torch.compiler.reset()
     _empty_cache(device)
+
+
+def _keeping(made: list[Tensor], call: Callable[..., Tensor], *args: Tensor) -> None:
+    made[:] = [call(*args)]
 
 
 def _empty_cache(device: torch.device) -> None:
@@ -328,7 +348,7 @@ def _work(row: Row) -> str:
 
 
 def _product(row: Row) -> str:
-    return _alone(f"product {row['name']}", row)
+    return _alone(f"product {row['name']}, {row['dtype']}", row)
 
 
 def _attention(row: Row) -> str:
@@ -354,13 +374,13 @@ def _forward(row: Row) -> str:
     name = f"{row['name']} {row.get('form', '')}".strip()
     told = [f"{row['flops_a_second'] / 1e12:.1f} TFLOP/s"]
     if row["utilisation"]:
-        told.append(f"{row['utilisation']:.1%} of the data sheet's")
+        told.append(f"{row['utilisation']:.1%} of the data sheet's bf16")
     if "of_floor" in row:
         told.insert(0, f"{row['of_floor']:.3f} x the floor")
         told += [] if row["finite"] else ["VELOCITY NOT FINITE"]
     else:
         told.insert(0, f"{row['times_ours']:.3f} x ours")
-        told += [f"velocity {row['difference']:.1e} from ours"] if row["difference"] is not None else []
+        told.append(f"velocity {row['difference']:.1e} from ours")
         told += [f"compiled in {row['compile_seconds']:.0f} s"] if row["compile_seconds"] else []
     if row["gpu_bytes"]:
         predicted = f", predicted {gib(row['predicted_bytes'])}" if "predicted_bytes" in row else ""
@@ -376,7 +396,8 @@ def _parts(row: Row) -> str:
 def _run(row: Row) -> str:
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["phases"].items())
     name = f"{row['steps']} steps, {row['evaluations']} forwards"
-    return f"{name:<32}{row['seconds']:26.1f}  extrapolated: {phases}"
+    less = "; less what the step cache spares, which is not measured here" if row["step_cache"] else ""
+    return f"{name:<32}{row['seconds']:26.1f}  extrapolated: {phases}{less}"
 
 
 _TEXTS: dict[str, Callable[[Row], str]] = {

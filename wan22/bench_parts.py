@@ -16,70 +16,66 @@ from wan22.pipeline import Pipeline
 from wan22.plan import gib, pick_tiles
 from wan22.sizes import ITEM
 from wan22.text_encoder import TextEncoder
-from wan22.vae import VideoVAE
+from wan22.vae import VideoVAE, to_uint8
 from wan22.vae_sizes import decode_terms
 
 Row = dict[str, Any]
 SEED = 2
+COMPARED = 9  # latent frames, 33 pixel frames, whose PSNR is told
 
 
 @torch.inference_mode()
 def decode_rows(pipeline: Pipeline, request: Request, against: bool = False) -> Iterator[Row]:
-    """Decoding of the request's latents in float32 and in bf16; against: by diffusers' own `decode` too, in both. PSNR
-    to ours in float32. The row of the pipeline's own precision is a `phase` of the whole run."""
+    """Decoding of the request's latents in float32 and in bf16, to bytes on the CPU as in a run; against: by diffusers'
+    own `decode` too, in both. PSNR of the first frames to ours in float32. The row of the pipeline's own precision is a
+    `phase` of the whole run."""
     device, latents = pipeline.device, random_latents(request)
     exact: Tensor | None = None
     for name in ("float32", "bf16"):
         vae = VideoVAE(pipeline.checkpoint, device, DTYPES[name])
-        tiles = pick_tiles(latents.shape, pipeline.sizes, pipeline.experts.memory.free(
-            pipeline.placement.gpu_memory_limit), ITEM[name])  # fmt: skip
-        frames: list[Tensor] = []
-        row = _measured(device, partial(_ours, vae, latents, tiles, frames), partial(_short, vae, latents, tiles))
-        video = torch.cat(frames)
-        exact = video if exact is None else exact
+        free = pipeline.experts.memory.free(pipeline.placement.gpu_memory_limit)
+        tiles = pick_tiles(latents.shape, pipeline.sizes, free, ITEM[name])
+        row = _measured(device, partial(_ours, vae, latents, tiles), partial(_ours, vae, latents[:, :4], tiles))
+        start = torch.cat([chunk.cpu() for chunk in vae.decode(latents[:, :COMPARED], tiles)])
+        exact = start if exact is None else exact
         predicted = sum(decode_terms(latents.shape, pipeline.sizes.vae_width, tiles, ITEM[name]).values())
         yield row | {"kind": "phase" if name == pipeline.precision.vae else "decode", "name": "decode", "form": name,
-                     "psnr": psnr(video, exact), "tiles": list(tiles), "predicted_bytes": predicted}  # fmt: skip
-        ours = row["seconds"]
+                     "psnr": psnr(start, exact), "tiles": list(tiles), "predicted_bytes": predicted}  # fmt: skip
         if against:
-            yield from _diffusers(device, vae, latents, exact, name, ours)
-        del vae, frames, video
+            yield _diffusers(device, vae, latents, exact, name, row["seconds"])
+        del vae
         pipeline.experts.memory.trim()
 
 
-def _diffusers(
-    device: torch.device, vae: VideoVAE, latents: Tensor, exact: Tensor, name: str, ours: float
-) -> Iterator[Row]:
+def _ours(vae: VideoVAE, latents: Tensor, tiles: tuple[int, int]) -> None:
+    for chunk in vae.decode(latents, tiles):
+        to_uint8(chunk)
+
+
+def _diffusers(device: torch.device, vae: VideoVAE, latents: Tensor, exact: Tensor, name: str, ours: float) -> Row:
     """Its model, as `from_pretrained(torch_dtype=…)` has it: contiguous, all of it in that dtype."""
     from diffusers import AutoencoderKLWan
 
     dtype = DTYPES[name]
-    with torch.device("meta"):
-        model = AutoencoderKLWan.from_config(vae.model.config)
-    # The decoder's weights were laid channels last; in bf16 some were rounded already, as they would be here.
-    state = {key: tensor.to(dtype).contiguous() for key, tensor in vae.model.state_dict().items()}
     with torch.inference_mode(False):
-        state = {key: tensor.clone() for key, tensor in state.items()}
+        with torch.device("meta"):
+            model = AutoencoderKLWan.from_config(vae.model.config)
+        # Ours are channels last, and in bf16 some were rounded already, as all are here. A copy, whatever they are.
+        state = {key: tensor.to(dtype).clone(memory_format=torch.contiguous_format)
+                 for key, tensor in vae.model.state_dict().items()}  # fmt: skip
         model.requires_grad_(False).eval().load_state_dict(state, strict=True, assign=True)
     z = (latents.to(device)[None] / vae.inverse_std + vae.mean).to(dtype)
-    frames: list[Tensor] = []
+    start: list[Tensor] = []
 
-    def decode() -> None:
-        frames[:] = [model.decode(z, return_dict=False)[0][0].transpose(0, 1).float().cpu()]
+    def decode(latents: Tensor) -> None:
+        video = model.decode(latents, return_dict=False)[0][0].transpose(0, 1)
+        start[:] = [video[: len(exact)]]
+        for chunk in video.split(4):
+            to_uint8(chunk)
 
-    row = _measured(device, decode, lambda: model.decode(z[:, :, :3], return_dict=False))
-    yield row | {"kind": "decode", "name": "decode", "form": f"diffusers {name}", "psnr": psnr(frames[0], exact),
-                 "times_ours": row["seconds"] / ours}  # fmt: skip
-
-
-def _ours(vae: VideoVAE, latents: Tensor, tiles: tuple[int, int], frames: list[Tensor]) -> None:
-    frames[:] = [chunk.cpu() for chunk in vae.decode(latents, tiles)]
-
-
-def _short(vae: VideoVAE, latents: Tensor, tiles: tuple[int, int]) -> None:
-    """Of one frame and one chunk of every kind there will be: what is compiled or picked is so then."""
-    for _ in vae.decode(latents[:, : 1 + vae.chunk], tiles):
-        pass
+    row = _measured(device, partial(decode, z), partial(decode, z[:, :, :4]))
+    return row | {"kind": "decode", "name": "decode", "form": f"diffusers {name}", "times_ours": row["seconds"] / ours,
+                  "psnr": psnr(start[0].float().cpu(), exact)}  # fmt: skip
 
 
 def _measured(device: torch.device, run: Callable[[], object], short: Callable[[], object]) -> Row:
@@ -112,17 +108,17 @@ def random_latents(request: Request) -> Tensor:
     return torch.randn(request.latent_shape, generator=torch.Generator().manual_seed(SEED))
 
 
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Of frames in -1…1, in dB; infinite where they are the same."""
+def psnr(a: Tensor, b: Tensor) -> float | None:
+    """Of frames in -1…1, in dB; None where they are the same."""
     error = sum(((x - y).double().square().sum().item() for x, y in zip(a, b, strict=True)), 0.0) / a.numel()
-    return 10 * math.log10(4 / error) if error else math.inf
+    return 10 * math.log10(4 / error) if error else None
 
 
 def as_text(row: Row) -> str:
     told = []
     if row.get("times_ours"):
         told.append(f"{row['times_ours']:.2f} x ours")
-    if row["psnr"] is not None and math.isfinite(row["psnr"]):
+    if row["psnr"] is not None:
         told.append(f"PSNR {row['psnr']:.1f} dB to float32")
     if row.get("tiles") not in (None, [1, 1]):
         told.append(f"in {row['tiles'][0]} x {row['tiles'][1]} tiles")

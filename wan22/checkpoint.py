@@ -174,15 +174,15 @@ class Checkpoint:
         _add_tokenizer(state, self.tokenizer)
         return state.hexdigest()
 
-    def vae_identity(self) -> str:
-        """A digest (hex) of what the VAE alone is."""
-        return _digest(self.vae).hex()
-
     def text_identity(self) -> str:
         """The same of what prompts are encoded by alone: text encoder and tokenizer."""
         state = hashlib.sha256(_digest(self.text_encoder))
         _add_tokenizer(state, self.tokenizer)
         return state.hexdigest()
+
+    def vae_identity(self) -> str:
+        """A digest (hex) of what the VAE alone is."""
+        return _digest(self.vae).hex()
 
 
 def _add_tokenizer(state: Any, folder: Path) -> None:

@@ -4,20 +4,19 @@ Long options may be written with `-` or `_`. stdout carries data, stderr everyth
 while running, 2 wrong request, 3 does not fit, 130 and 143 interrupted. No traceback unless `--debug`.
 """
 
-import inspect
 import json
 import os
 import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 import wan22
 import wan22.plan as planning
-from wan22 import cli_many
+from wan22 import cli_bench, cli_many
 from wan22.capability import ADA, PRESETS
 from wan22.checkpoint import Parts, find_checkpoint, open_checkpoint
 from wan22.config import (
@@ -50,7 +49,6 @@ from wan22.options import (
     read_placement,
     read_precision,
     read_request,
-    with_options_of,
 )
 from wan22.state import is_finished
 from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
@@ -484,68 +482,7 @@ def describe(
             print(f"{name:<12}{value}")
 
 
-# What of a command that makes videos counts for its measurement too, where generate has it.
-IN_BENCH = (
-    "size", "frames", "steps", "guidance", "guidance_low", "guidance_start", "guidance_stop", "precision", "dtype",
-    "scope", "attention", "vae_dtype", "device", "offload", "gpu_memory_limit", "model", "ckpt_dir",
-)  # fmt: skip
-
-
-@app.command()
-@with_options_of(generate, without=set(inspect.signature(generate).parameters) - set(IN_BENCH))
-def bench(
-    against: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="diffusers, or published: their transformer on the same work. Repeatable."),
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="So many blocks of random weights, instead of 40.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Forwards timed; the median counts.")] = 2,
-    quick: Annotated[bool, typer.Option("--quick", help="One forward, its parts timed in it.")] = False,
-    no_compile: Annotated[bool, typer.Option("--no-compile", help="Of diffusers the eager form alone.")] = False,
-    decoding: Annotated[bool, typer.Option("--decode", help="Decoding too; --against diffusers: by both.")] = False,
-    text: Annotated[bool, typer.Option("--text", help="Encoding of two prompts too.")] = False,
-    no_forward: Annotated[bool, typer.Option("--no-forward", help="Only --decode and --text.")] = False,
-    memory: Annotated[bool, typer.Option("--memory", help="Memory instead: predicted and measured.")] = False,
-    rows: Annotated[
-        str | None, typer.Option(metavar="SIZE:OFFLOAD[:LIMIT],…", help="Of --memory: 720p:block:16GiB,480p:none.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    **flags: Any,
-) -> None:
-    """Measure one forward beside the floor that this device sets; random weights of the published size by default."""
-    flags = dict.fromkeys(inspect.signature(generate).parameters) | flags
-    base = Base({}, {}, {})
-    request = make_request(read_request(flags | {"prompt": "x"}, base))
-    # One expert at work, as in any run; both are for runs that cross the boundary.
-    precision, placement = read_precision(flags, base), read_placement(flags, Base({}, {}, {"offload": "expert"}))
-    from wan22 import bench as library
-
-    if no_forward and not decoding and not text:
-        raise RequestError("--no-forward leaves nothing to measure", hint="add --decode or --text")
-    options = library.Options(against or (), not no_compile, repeats, quick, not no_forward, decoding, text)
-    checkpoint = library.checkpoint_for(read_checkpoint(flags, base, request.task) if model_named(flags) else None,
-                                        placement, layers)  # fmt: skip
-    measured = library.run(checkpoint, request, precision, placement, options)
-    as_text = library.as_text
-    if rows and not memory:
-        raise RequestError("--rows is for --memory")
-    if memory:
-        from wan22 import bench_memory
-
-        measured = bench_memory.run(checkpoint, request, precision, placement, rows.split(",") if rows else ())
-        as_text = bench_memory.as_text
-        if not as_json:
-            print(bench_memory.HEAD, flush=True)
-    for row in measured:
-        print(json.dumps(row) if as_json else as_text(row), flush=True)
-
-
-def model_named(flags: dict[str, Any]) -> bool:
-    return bool(flags["model"] or flags["ckpt_dir"])
-
-
+cli_bench.add_to(app, generate)
 cli_many.add_to(app, generate, refuse_unready_parallel)
 
 

@@ -23,10 +23,10 @@ LONGEST = 4000  # characters of a message
 
 
 def one_line(text: str) -> str:
-    """A message as one line of a bearable length. What files call their tensors may be anything, also commands to a
-    terminal: unprintable characters are escaped."""
+    """A message as one line of a bearable length, cut in its middle. What files call their tensors may be anything,
+    also commands to a terminal: unprintable characters are escaped."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]}…{line[-LONGEST // 2 + 1 :]}"
 
 
 class WanError(Exception):
@@ -354,7 +354,7 @@ class Precision(_Settings):
 
 
 OFFLOADS = ("none", "expert", "block", "disk")  # from most to least memory
-GPU_RESERVE = 1 << 30  # bytes: the CUDA context, libraries' workspaces, the allocator's fragments; to be measured
+GPU_RESERVE = 5 << 28  # bytes: the CUDA context, libraries' workspaces; 1.2 GiB were measured on an H100 (docs/memory.md)
 CHUNK_TOKENS = 8192  # of the feed-forward; a matrix product of this height fills any GPU
 
 

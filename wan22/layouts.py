@@ -19,7 +19,7 @@ from wan22.config import RequestError
 from wan22.gguf_files import MAGIC as GGUF_MAGIC
 from wan22.gguf_files import Gguf
 from wan22.reading import Entry
-from wan22.scaled_fp8 import Quantized
+from wan22.scaled_fp8 import OTHER_FORM, Quantized
 from wan22.tensor_files import FileTensors, MissingFiles, Pickle, Safetensors, TensorSource, open_checked
 from wan22.tensor_names import (
     EXPERT_FROM_DIFFUSERS,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 EXPERT, TEXT_ENCODER, VAE, ADAPTER = "an expert", "a text encoder", "a VAE", "an adapter (LoRA)"  # as messages say it
 NOT_ONE = {EXPERT: "not a Wan transformer", TEXT_ENCODER: "not a UMT5 encoder", VAE: "not a Wan VAE"}
 GGUF_ARCHITECTURES = {EXPERT: ("wan",), TEXT_ENCODER: ("t5encoder", "t5")}
+INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 WEIGHT_FILES = (".safetensors", ".gguf", ".pth", ".pt", ".bin")
 
 
@@ -261,6 +262,10 @@ def _map(source: FileTensors | Pickle, kind: str) -> _Map:
     _refuse_other_models(path, kind, {name: source.shapes[stored] for name, stored in result.names.items()})
     if unknown:
         raise RequestError(f"{path}: {NOT_ONE[kind]}: unknown tensor {unknown[0]!r}")
+    for name, stored in result.names.items():
+        if source.dtypes[stored] in INTEGERS:
+            raise RequestError(f"{path}: {name} is of whole numbers ({source.dtypes[stored]}): a quantization that "
+                               "cannot be read here", hint=OTHER_FORM)  # fmt: skip
     result.scales = {name: quantized.scales[stored] for name, stored in result.names.items()
                      if stored in quantized.scales}  # fmt: skip
     return result

@@ -1,4 +1,5 @@
-"""What this machine has: free GPU memory asked of the driver, free host memory of the kernel. Standard library only.
+"""What this machine has: free GPU memory asked of the driver, free host memory of the kernel, a place for caches.
+Standard library only.
 
 Asking torch instead would take seconds to import it and half a gigabyte of GPU memory to start it.
 """
@@ -20,6 +21,12 @@ class Room:
     total: int
     free: int
     name: str = ""
+
+
+# --- the disk --------------------------------------------------------------------------------------------------------
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/wan22`, or `~/.cache/wan22`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "wan22"
 
 
 # --- the host --------------------------------------------------------------------------------------------------------

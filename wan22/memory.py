@@ -40,19 +40,17 @@ class Count:
 
 def _mapped(nbytes: int) -> np.ndarray:
     """Fresh bytes from the system: page-aligned, whole pages, given back as soon as nothing refers to them. Raises
-    MemoryError.
-
-    In large pages where the system has them: the first touch of small ones takes longer than reading what fills them.
-    """
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    MemoryError."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
     try:
-        area = mmap.mmap(-1, max(nbytes, 1), **private)  # shared memory, the default, has no large pages
+        pages = mmap.mmap(-1, max(nbytes, 1), **private)
     except OSError as error:
         raise MemoryError(f"{nbytes:,} bytes of host memory: {error.strerror}") from None
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            area.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(area, dtype=np.uint8)[:nbytes]
+    # Large pages come, and are pinned, several times as fast; what a GPU reads must not be copied when a child is made.
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        with contextlib.suppress(AttributeError, OSError):
+            pages.madvise(getattr(mmap, advice))
+    return np.frombuffer(pages, dtype=np.uint8)[:nbytes]
 
 
 class Memory:

@@ -272,7 +272,7 @@ class Pipeline:
     def _room_beside_text(self, plan: Plan) -> bool:
         """Whether an expert may come while the text encoder is still there."""
         assert plan.chosen
-        needs = plan.chosen.peak("text") + self.sizes.expert_bytes(self.dtype.itemsize)
+        needs = plan.chosen.peak("text") + self.sizes.at(self.precision).expert_bytes(self.dtype.itemsize)
         if plan.gpu:
             return needs + GPU_RESERVE <= plan.gpu_free
         return needs + HOST_BASE["cpu"] <= plan.host.free

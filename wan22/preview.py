@@ -26,6 +26,7 @@ from torch import Tensor
 
 from wan22.checkpoint import Checkpoint
 from wan22.config import Request, RequestError
+from wan22.machine import cache_folder
 from wan22.names import PREVIEW, beside, staging_prefix
 from wan22.vae import VideoVAE
 
@@ -136,11 +137,6 @@ def kept_map(checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
         partial.write_text(json.dumps({"format": FORMAT, "weights": weights.tolist(), "bias": bias.tolist()}))
         os.replace(partial, path)
     return weights, bias
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/wan22`, or `~/.cache/wan22`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "wan22"
 
 
 def fit_map(encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

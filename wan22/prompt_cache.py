@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wan22.checkpoint import Checkpoint
 from wan22.config import digest
+from wan22.machine import cache_folder
 
 VARIABLE = "WAN22_PROMPT_CACHE"  # a folder, or `off`
 MOST_BYTES = 256 << 20  # in the folder: some 300 prompts of usual length
@@ -39,8 +40,7 @@ def default_folder() -> Path | None:
     said = os.environ.get(VARIABLE, "")
     if said.lower() in ("off", "0", "no", "false"):
         return None
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(said) if said else Path(base) / "wan22" / "prompts"
+    return Path(said) if said else cache_folder() / "prompts"
 
 
 class PromptCache:

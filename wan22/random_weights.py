@@ -61,7 +61,8 @@ class RandomTensors:
             fan_in = shape[-1] if name.endswith("modulation") else max(1, math.prod(shape[1:]))
             generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
             for piece in target.view(-1).split(DRAWN):
-                piece.copy_(torch.randn(len(piece), generator=generator, device=self.device).mul_(fan_in**-0.5))
+                drawn = torch.randn(len(piece), generator=generator, device=self.device).mul_(fan_in**-0.5)
+                piece.copy_(drawn.to(target.dtype))
 
     def warm(self, stop: threading.Event) -> None:
         """There is no file to read ahead."""

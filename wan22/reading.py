@@ -32,7 +32,7 @@ READERS = 4
 BUFFER_BYTES = 4 << 20  # a thread; 16 MiB measured no faster, and from 4 MiB the cast still finds half in the cache
 DECODED_ELEMENTS = 1 << 18  # a piece of GGML blocks: unpacking makes several float32 arrays of this length
 AHEAD = 8  # pieces that the system is asked to read meanwhile
-WARM_BYTES = 64 << 20
+ASKED_BYTES = 512 << 10  # at a time: Linux cuts a larger wish to what the disk takes at once, and forgets the rest
 DISK_HINT = "the disk or the network behind it fails: wan22 download --check DIR reads every file"
 
 
@@ -214,9 +214,9 @@ class _Lane:
     def _ask_for(self, offset: int, nbytes: int) -> None:
         """The system's own reading ahead sees threads that jump about, and several reading the same."""
         assert self.file
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # whoever reads it will say what is wrong
-                os.posix_fadvise(self.file.fileno(), offset, nbytes, os.POSIX_FADV_WILLNEED)
+        with contextlib.suppress(OSError):  # it is only a wish
+            for start, length in _wishes(offset, nbytes):
+                os.posix_fadvise(self.file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def _fill(self, offset: int, array: Any) -> None:
         """Read the open file's bytes from `offset` on into an array of bytes."""
@@ -242,17 +242,22 @@ def unpack(raw: Any, dtype: str) -> "torch.Tensor":
     return torch.from_numpy(gguf.quants.dequantize(raw.reshape(1, -1), gguf.GGMLQuantizationType[dtype])).view(-1)
 
 
+def _wishes(offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Bytes of a file as offsets and lengths that the system can be asked to read ahead; nothing where it cannot be
+    asked (macOS, Windows)."""
+    end = offset + nbytes if hasattr(os, "posix_fadvise") else offset
+    return ((start, min(ASKED_BYTES, end - start)) for start in range(offset, end, ASKED_BYTES))
+
+
 def warm(paths: Iterable[Path], stop: threading.Event) -> None:
     """Ask the system to bring files into its page cache, in order; returns early once `stop` is set.
 
-    Does nothing where the system cannot be asked (macOS, Windows). Whether there is room is the caller's to know.
+    Whether there is room is the caller's to know.
     """
-    if not hasattr(os, "posix_fadvise"):
-        return
     with contextlib.suppress(OSError):  # whoever reads the files will say what is wrong with them
         for path in paths:
             with open(path, "rb") as file:
-                for offset in range(0, os.fstat(file.fileno()).st_size, WARM_BYTES):
+                for start, length in _wishes(0, os.fstat(file.fileno()).st_size):
                     if stop.is_set():
                         return
-                    os.posix_fadvise(file.fileno(), offset, WARM_BYTES, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)

@@ -235,11 +235,11 @@ def _denoise(
                     guided_velocity(model, computed[1], steps[computed[0]], prompt, negative)
             last = computed[0] if computed else step.index
             cache.begin_step(may_skip=step.index not in always and step.index - last <= MOST_SKIPPED)
-            noisy, velocity = latents, guided_velocity(model, latents, step, prompt, negative)
+            velocity = guided_velocity(model, latents, step, prompt, negative)
             after = solver.step(velocity[None], solver.timesteps[step.index], latents[None], return_dict=False)[0][0]
             if cache.end_step():
                 computed = step.index, latents
-            latents = after
+            noisy, latents = latents, after
         except OUT_OF_MEMORY as error:
             trouble = str(error).partition(". ")[0] or "no more is known"
         if trouble:  # not inside `except`: the error holds on to all that was at work

@@ -105,8 +105,8 @@ class VideoVAE:
                 across = slice(scale * (left - x), scale * (right - x))
                 cache = Cache()
                 for number, part in enumerate(middles):
-                    tile = part[..., y:y_stop, x:x_stop].contiguous(memory_format=torch.channels_last_3d)
-                    chunks[number][pixels] = self._local(tile, cache, number == 0)[..., down, across]
+                    tile = self._local(part[..., y:y_stop, x:x_stop], cache, number == 0)
+                    chunks[number][pixels] = tile[..., down, across]
         return chunks
 
     def _middle(self, z: Tensor, cache: Cache) -> Tensor:

@@ -2,9 +2,9 @@
 
 What is saved against their own `forward`: the norm and the activation are one kernel and write straight into the
 convolution's input, behind the two frames kept from the chunk before, so that nothing is joined or padded afterwards;
-the margins are the convolution's own; everything lies channels last, as tensor cores want it.
+the margins are the convolution's own; on a GPU everything lies channels last, as tensor cores want it.
 
-Legend: C channels, T frames of a chunk, H W pixels; all tensors are [1, C, T, H, W], channels last in memory.
+Legend: C channels, T frames of a chunk, H W pixels; all tensors are [1, C, T, H, W].
 """
 
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from wan22.kernels import norm_silu
 
-LAST = torch.channels_last_3d
+LAYOUT = {"cuda": torch.channels_last_3d}  # by device; elsewhere contiguous: diffusers' own bits, no slower
+FEW, AT_ONCE = 8, 2  # output channels for which cuDNN copies its input (3, of pixels): then so many frames at a time
 KEPT = 2  # frames that a convolution over three needs of those before
 
 
@@ -30,24 +31,38 @@ class Cache:
         first) in front."""
         batch, channels, frames, height, width = shape
         size = (batch, channels, KEPT + frames, height, width)
-        room = torch.empty(size, dtype=dtype, device=like.device, memory_format=LAST)
+        room = torch.empty(size, dtype=dtype, device=like.device, memory_format=layout_of(like))
         kept = self._kept.get(module)
         room[:, :, :KEPT].zero_() if kept is None else room[:, :, :KEPT].copy_(kept)
         return room
 
     def keep(self, module: nn.Module, room: Tensor) -> None:
-        self._kept[module] = room[:, :, -KEPT:].clone(memory_format=LAST)
+        if (kept := self._kept.get(module)) is not None:
+            kept.copy_(room[:, :, -KEPT:])
+            return
+        self._kept[module] = room[:, :, -KEPT:].clone(memory_format=layout_of(room))
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    return LAYOUT.get(x.device.type, torch.contiguous_format)
+
+
+def laid(x: Tensor) -> Tensor:
+    """In its device's layout: as it is, if the library has left it there, as it should."""
+    return x.contiguous(memory_format=layout_of(x))
 
 
 def prepare(decoder: Any, dtype: torch.dtype) -> None:
-    """Convolutions channels last; those of the attention and of all stages but the first in `dtype`, where all but a
-    twentieth of the arithmetic is. What comes before them, and the last one, stays float32: rounded too, they would
-    cost half of the accuracy (tests/test_vae.py). Norms are float32."""
+    """Convolutions in their device's layout; those of the attention and of all stages but the first in `dtype`, where
+    all but a twentieth of the arithmetic is. What comes before them, and the last one, stays float32: rounded too, they
+    would cost half of the accuracy (docs/speed.md). Norms are float32."""
     parts = (decoder.mid_block.attentions, decoder.up_blocks[1:])
     rounded = {id(module) for part in parts for module in part.modules()}
     for module in decoder.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
-            layout = torch.channels_last if isinstance(module, nn.Conv2d) else LAST
+            layout = layout_of(module.weight)
+            if isinstance(module, nn.Conv2d) and layout != torch.contiguous_format:
+                layout = torch.channels_last
             kind = dtype if id(module) in rounded else torch.float32
             module.weight = nn.Parameter(module.weight.to(kind).contiguous(memory_format=layout), False)
             if module.bias is not None:
@@ -56,7 +71,7 @@ def prepare(decoder: Any, dtype: torch.dtype) -> None:
 
 def middle(decoder: Any, z: Tensor, cache: Cache) -> Tensor:
     """Latents [1, C, T, H, W] → what the local part begins with, by the part that needs the whole grid."""
-    x = _convolve(decoder.conv_in, z.contiguous(memory_format=LAST), cache)
+    x = _convolve(decoder.conv_in, laid(z), cache)
     x = _residual(decoder.mid_block.resnets[0], x, cache)
     for attention, resnet in zip(decoder.mid_block.attentions, decoder.mid_block.resnets[1:], strict=True):
         x = _residual(resnet, _attend(attention, x), cache)
@@ -66,6 +81,7 @@ def middle(decoder: Any, z: Tensor, cache: Cache) -> Tensor:
 def local(decoder: Any, x: Tensor, cache: Cache, first: bool) -> Tensor:
     """The rest of the decoder, whole or one tile of it → pixels [F, 3, 8H, 8W] float32 in -1…1. first: the chunk of the
     first latent frame, which is one pixel frame."""
+    x = laid(x)
     for number, block in enumerate(decoder.up_blocks):
         # What the residual blocks add up is float32 till the last stage, half of whose work is moving it.
         x = x.to(block.resnets[0].conv1.weight.dtype if number == len(decoder.up_blocks) - 1 else torch.float32)
@@ -82,7 +98,7 @@ def _convolve(module: Any, x: Tensor, cache: Cache, norm: Any = None) -> Tensor:
     side = module.kernel_size[-1] // 2
     weight, bias = module.weight, module.bias
     if module.kernel_size[0] == 1:
-        return F.conv3d(x.to(weight.dtype), weight, bias, padding=(0, side, side))
+        return laid(F.conv3d(x.to(weight.dtype), weight, bias, padding=(0, side, side)))
     room = cache.joined(module, x.shape, x, weight.dtype)
     if norm is None:
         room[:, :, KEPT:].copy_(x)
@@ -90,7 +106,10 @@ def _convolve(module: Any, x: Tensor, cache: Cache, norm: Any = None) -> Tensor:
         norm_silu(x, norm.gamma.flatten(), room[:, :, KEPT:])
     del x  # where nobody else holds it, its memory is the result's
     cache.keep(module, room)
-    return F.conv3d(room, weight, bias, padding=(0, side, side))
+    if module.out_channels < FEW:
+        pieces = [room[:, :, start : start + AT_ONCE + KEPT] for start in range(0, room.shape[2] - KEPT, AT_ONCE)]
+        return torch.cat([F.conv3d(piece, weight, bias, padding=(0, side, side)) for piece in pieces], dim=2)
+    return laid(F.conv3d(room, weight, bias, padding=(0, side, side)))
 
 
 def _residual(block: Any, x: Tensor, cache: Cache) -> Tensor:
@@ -107,7 +126,7 @@ def _attend(block: Any, x: Tensor) -> Tensor:
     q, k, v = F.linear(tokens, block.to_qkv.weight.flatten(1), block.to_qkv.bias).chunk(3, dim=-1)
     out = F.scaled_dot_product_attention(q, k, v)
     out = F.linear(out, block.proj.weight.flatten(1), block.proj.bias)
-    return x + out.view(1, frames, height, width, channels).permute(0, 4, 1, 2, 3)
+    return laid(x + out.view(1, frames, height, width, channels).permute(0, 4, 1, 2, 3))
 
 
 def _upsample(module: Any, x: Tensor, cache: Cache, first: bool) -> Tensor:
@@ -123,4 +142,4 @@ def _upsample(module: Any, x: Tensor, cache: Cache, first: bool) -> Tensor:
     x = x[:, :, :, None, :, None].expand(frames, each, height, 2, width, 2, channels)
     x = x.reshape(frames * each, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
     x = F.conv2d(x, convolution.weight, convolution.bias, padding=1)
-    return x.transpose(0, 1)[None]
+    return laid(x.transpose(0, 1)[None])

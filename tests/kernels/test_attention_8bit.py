@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from wan22.attention import BACKENDS, attend, reference, relative_error
+from wan22.kernels import attention_8bit, attention_hopper
 from wan22.kernels.attention_8bit import (
     FP8,
     PV,
@@ -107,3 +108,21 @@ def test_values_as_the_kernel_wants_them(forced, device, kind):
     differing = (ours[:, : v.shape[1]].float() != plain.float()).double().mean().item()
     print(f"{kind}: {differing:.2%} differ")
     assert differing < (0.06 if kind == FP8 and device.type == "cpu" else 0.002)  # FP8 in the interpreter loses carries
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [128, 64])
+@pytest.mark.parametrize(("length", "keys"), [(300, 1000), (128, 64), (65, 129), (256, 384), (1000, 20)])
+def test_hopper(monkeypatch, columns, length, keys):
+    if not (attention_hopper.GLUON and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
+        pytest.skip("no Hopper here")
+    q, k, v = outlying(length=max(length, keys), heads=3, batch=2)
+    packed = torch.cat((k[:, :keys], v[:, :keys]), dim=2).cuda()
+    q, (k, v) = q[:, :length].cuda(), packed.chunk(2, dim=2)
+    monkeypatch.setattr(attention_8bit, "FORM", attention_8bit.Form(keys=columns, hopper=True))
+    with torch.inference_mode():
+        for _ in range(3):  # what races shows in one of them
+            ours = attend_8bit(q, k, v, "bf16")
+            plain, exact = attend_8bit_plain(q, k, v, "bf16"), reference(q, k, v)
+            print(f"to the plain form {relative_error(ours, plain):.2e}; to exact {relative_error(ours, exact):.2e}")
+            assert relative_error(ours, plain) < 0.01

@@ -27,6 +27,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from wan22.kernels import attention_hopper
 from wan22.kernels.dispatch import jit, launch, tl, use_triton
 
 FP8 = torch.float8_e4m3fn
@@ -40,25 +41,30 @@ PV = ("bf16", "fp8", "int8")
 @dataclass(frozen=True)
 class Form:
     """How the kernel is cut and launched: queries of a program, keys of a block (and so of a scale of keys, and of INT8
-    probabilities)."""
+    probabilities). hopper: attention_hopper's kernel instead, whose other numbers are its own."""
 
     queries: int = 128
     keys: int = 128
     warps: int = 8
     stages: int = 3
+    hopper: bool = False
 
 
 # By the shared memory of a multiprocessor: of data-centre cards, and of others. To be tuned on each kind of GPU.
 LARGE = {"bf16": Form(keys=64), "fp8": Form(), "int8": Form()}
 SMALL = {"bf16": Form(keys=64, stages=2), "fp8": Form(keys=64), "int8": Form(keys=64)}
+HOPPER = Form(hopper=True)  # of bf16 values
+USE_HOPPER = False  # till it is measured on one
 FORM: Form | None = None  # instead of these, for measurements
 
 
 def form_of(pv: str, device: torch.device) -> Form:
     if FORM:
         return FORM
-    large = device.type != "cuda" or torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0), (10, 3))
-    return (LARGE if large else SMALL)[pv]
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if USE_HOPPER and pv == "bf16" and capability == (9, 0):
+        return HOPPER
+    return (LARGE if capability in (None, (8, 0), (9, 0), (10, 0), (10, 3)) else SMALL)[pv]
 
 
 # --- what is exact ---------------------------------------------------------------------------------------------------
@@ -192,12 +198,16 @@ def _run(q: Tensor, k: Tensor, v: Tensor, pv: str) -> Tensor:
     mean, factor = smoothing(q, k)
     q8, q_scale = _rotate_and_quantize(q, torch.zeros_like(mean), factor, LOG2E / math.sqrt(dim))
     k8, k_scale = _rotate_and_quantize(k, mean, 1 / factor, 1.0, form.keys)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if form.hopper:
+        assert pv == "bf16", pv
+        attention_hopper.attend(q8, k8, v.bfloat16(), q_scale, k_scale, out, form.keys)
+        return out
     if pv == "bf16":
         values, v_scale, v_mean = _values(v, pv)
         values = values if q.is_cuda else values.float()  # Triton's interpreter cannot multiply bf16
     else:
         values, v_scale, v_mean = _transpose_and_quantize(v, FP8 if pv == "fp8" else torch.int8)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch(
         _attend_kernel, (-(-length // form.queries), heads, batch), q8, k8, values, q_scale, k_scale, v_scale, v_mean,
         out, length, keys, heads, values.stride(0), values.stride(1), values.stride(2), values.stride(3), D=dim,

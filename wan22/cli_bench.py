@@ -1,0 +1,90 @@
+"""The command that measures: bench. `cli.py` adds it to its own. Thin: flags → one call, and torch only inside it."""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from wan22.config import RequestError
+from wan22.options import (
+    Base,
+    make_request,
+    read_checkpoint,
+    read_placement,
+    read_precision,
+    read_request,
+    with_options_of,
+)
+
+# What of a command that makes videos counts for its measurement too, where generate has it.
+IN_BENCH = (
+    "size", "frames", "steps", "guidance", "guidance_low", "guidance_start", "guidance_stop", "precision", "dtype",
+    "scope", "attention", "vae_dtype", "device", "offload", "gpu_memory_limit", "model", "ckpt_dir",
+)  # fmt: skip
+
+
+def add_to(app: typer.Typer, generate: Callable[..., None]) -> None:
+    """The command, which takes some of generate's options too."""
+    names = inspect.signature(generate).parameters
+
+    @app.command("bench")
+    @with_options_of(generate, without=set(names) - set(IN_BENCH))
+    @functools.wraps(bench)
+    def filled(**flags: Any) -> None:
+        settings: dict[str, Any] = dict.fromkeys(names) | flags
+        bench(**settings)
+
+
+def bench(
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="diffusers, or published: their transformer on the same work. Repeatable."),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="So many blocks of random weights, instead of 40.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Forwards timed; the median counts.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="One forward, its parts timed in it.")] = False,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Of diffusers the eager form alone.")] = False,
+    decoding: Annotated[bool, typer.Option("--decode", help="Decoding too; --against diffusers: by both.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Encoding of two prompts too.")] = False,
+    no_forward: Annotated[bool, typer.Option("--no-forward", help="Only --decode and --text.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Memory instead: predicted and measured.")] = False,
+    rows: Annotated[
+        str | None, typer.Option(metavar="SIZE:OFFLOAD[:LIMIT],…", help="Of --memory: 720p:block:16GiB,480p:none.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    **flags: Any,
+) -> None:
+    """Measure one forward beside the floor that this device sets; random weights of the published size by default."""
+    base = Base({}, {}, {})
+    request = make_request(read_request(flags | {"prompt": "x"}, base))
+    # One expert at work, as in any run; both are for runs that cross the boundary.
+    precision, placement = read_precision(flags, base), read_placement(flags, Base({}, {}, {"offload": "expert"}))
+    from wan22 import bench as library
+
+    if no_forward and not decoding and not text:
+        raise RequestError("--no-forward leaves nothing to measure", hint="add --decode or --text")
+    options = library.Options(against or (), not no_compile, repeats, quick, not no_forward, decoding, text)
+    checkpoint = library.checkpoint_for(read_checkpoint(flags, base, request.task) if model_named(flags) else None,
+                                        placement, layers)  # fmt: skip
+    measured = library.run(checkpoint, request, precision, placement, options)
+    as_text = library.as_text
+    if rows and not memory:
+        raise RequestError("--rows is for --memory")
+    if memory:
+        from wan22 import bench_memory
+
+        measured = bench_memory.run(checkpoint, request, precision, placement, rows.split(",") if rows else ())
+        as_text = bench_memory.as_text
+        if not as_json:
+            print(bench_memory.HEAD, flush=True)
+    for row in measured:
+        print(json.dumps(row) if as_json else as_text(row), flush=True)
+
+
+def model_named(flags: dict[str, Any]) -> bool:
+    return bool(flags["model"] or flags["ckpt_dir"])
