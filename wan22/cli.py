@@ -6,8 +6,10 @@ while running, 2 wrong request, 3 does not fit, 130 and 143 interrupted. No trac
 
 import json
 import os
+import re
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 import wan22
+import wan22.launch as launching
 import wan22.plan as planning
 from wan22 import cli_bench, cli_many
 from wan22.capability import ADA, PRESETS
@@ -35,6 +38,7 @@ from wan22.config import (
     parse_size,
     preset_names,
 )
+from wan22.mesh import Mesh, Shares
 from wan22.names import next_free
 from wan22.options import (
     Base,
@@ -52,6 +56,7 @@ from wan22.options import (
 )
 from wan22.state import is_finished
 from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
+from wan22.watch import Member, News, announce
 
 if TYPE_CHECKING:
     from wan22.pipeline import Pipeline
@@ -190,31 +195,50 @@ def generate(
     no_prompt_cache: Annotated[
         bool, typer.Option("--no-prompt-cache", help="Encode prompts that were encoded before, and keep none.")
     ] = False,
-    dit_fsdp: Annotated[bool, typer.Option("--dit-fsdp", help="Shard the experts (under torchrun).")] = False,
-    t5_fsdp: Annotated[bool, typer.Option("--t5-fsdp", help="Shard the text encoder (under torchrun).")] = False,
-    ulysses_size: Annotated[int, typer.Option(help="GPUs that share one sequence (under torchrun).")] = 1,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes to start, a GPU each; or torchrun, or srun.")
+    ] = None,
+    dit_fsdp: Annotated[bool, typer.Option("--dit-fsdp", help="Each GPU keeps a part of the experts.")] = False,
+    t5_fsdp: Annotated[bool, typer.Option("--t5-fsdp", help="Each GPU keeps a part of the text encoder.")] = False,
+    ulysses_size: Annotated[int | None, typer.Option(help="GPUs that exchange tokens for heads.")] = None,
+    ring_size: Annotated[int | None, typer.Option(help="GPUs that pass keys and values on, beside these.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and stop.")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
 ) -> None:
     """Make a video from a prompt."""
     flags = dict(locals())
-    refuse_unready_parallel(dit_fsdp, t5_fsdp, ulysses_size)
+    team = launching.team_of(os.environ)
+    if team.world > 1:
+        from wan22.parallel import meet
+
+        _running.member = meet(team)
     base = read_base(flags)
     settings = read_request(flags, base)
     request = make_request(settings)
     precise, placement = read_precision(flags, base), read_placement(flags, base)
     encoding = read_encoding(flags, base)
+    launching.refuse_lonely(placement, team)
     extension = read_extension(flags)
-    if output:
+    if output and team.rank == 0:
         check_output(output, overwrite, sidecar, encoding)
     checkpoint = read_checkpoint(flags, base, request.task)
     request = make_request(settings, checkpoint)
-    planning.require_here(request, precise, placement, planning.Sizes.of(checkpoint))
+    sizes = planning.Sizes.of(checkpoint)
+    mesh, shares = planning.spread(request, placement, sizes, team)
+    planning.require_gpus(placement, team)
+    planning.require_here(request, precise, placement, sizes, shares)
+    if mesh.world > team.world and not dry_run:
+        raise typer.Exit(launching.launch(_running.words, mesh.world))
     from wan22.pipeline import Pipeline
-    from wan22.report import ConsoleReporter, JsonReporter
+    from wan22.report import ConsoleReporter, JsonReporter, Reporter
 
-    reporter = JsonReporter() if json_lines else ConsoleReporter()
-    pipeline = Pipeline(checkpoint, precise, placement, encoding)
+    reporter = Reporter() if team.rank else JsonReporter() if json_lines else ConsoleReporter()
+    ranks = None
+    if team.world > 1:
+        from wan22.parallel import Ranks
+
+        ranks = Ranks.of(team, mesh, placement)
+    pipeline = Pipeline(checkpoint, precise, placement, encoding, ranks)
     if base.checkpoint and base.checkpoint != pipeline.identity:
         raise RequestError(
             f"--from {from_file}: was made with another checkpoint than {checkpoint.folder}",
@@ -225,13 +249,16 @@ def generate(
     target = Path(output) if output else None
     if dry_run:
         request = pipeline.resolve(request)
-        describe(request, pipeline, target or next_free(pipeline.name(request, Path())), extension, json_lines)
+        name = target or next_free(pipeline.name(request, Path()))
+        describe(request, pipeline, name, extension, json_lines, mesh, shares)
         return
-    if not output:
+    if not output and team.rank == 0:
         check_writable("video.mp4", if_exists="number", encoding=encoding)
-    if extension:
+    if extension and team.rank == 0:
         request = extension(request, pipeline.device, reporter)
     make(pipeline, request, target, flags, reporter)
+    if ranks:
+        ranks.part()
 
 
 @app.command()
@@ -332,6 +359,8 @@ def plan(
     scope: Scope = None,
     offload: Annotated[str, typer.Option(help="auto, none, expert, block, disk.")] = "auto",
     t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
+    gpus: Annotated[int, typer.Option(min=1, metavar="N", help="Of that many together; each has what is told.")] = 1,
+    dit_fsdp: Annotated[bool, typer.Option("--dit-fsdp", help="Each GPU keeps a part of the experts.")] = False,
     gpu_memory: Annotated[str | None, typer.Option(help="As if so much were free: 24GiB; 0 for none.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="As if so much were free: 64GiB.")] = None,
     model: Annotated[str | None, typer.Option(help="Default: the published model's sizes.")] = None,
@@ -349,8 +378,12 @@ def plan(
     if model or ckpt_dir:
         sizes = planning.Sizes.of(open_checkpoint(find_checkpoint(model, ckpt_dir)))
     gpu, host = planning.rooms(gpu_memory, host_memory)
-    placement = Placement(offload=offload, text_encoder="cpu" if t5_cpu else "auto")
-    made = planning.make_plan(request, precise, placement, sizes, gpu, host)
+    placement = Placement(offload=offload, text_encoder="cpu" if t5_cpu else "auto", gpus=gpus, dit_fsdp=dit_fsdp)
+    launching.refuse_lonely(placement, launching.Team())
+    mesh, shares = planning.spread(request, placement, sizes)
+    made = planning.make_plan(request, precise, placement, sizes, gpu, host, shares=shares)
+    if mesh.world > 1 and not json_lines:
+        print(f"each of {mesh.world}: {mesh}" + (", experts sharded" if dit_fsdp else ""))
     print(json.dumps(planning.as_dict(made)) if json_lines else planning.as_text(made, request, sizes))
     raise typer.Exit(0 if made.chosen else 3)
 
@@ -418,6 +451,8 @@ def make(pipeline: "Pipeline", request: Request, target: Path | None, flags: Fla
     drawn = request.seed is None
     request, state = pipeline.begin(request, target, bool(flags["overwrite"]))
     with state:
+        if _running.member and not _running.member.rank:
+            _running.member.rescue = state.rescue
         if state.begun:
             reporter.note(
                 f"going on from step {state.begun.done} of {state.steps}, seed {request.seed}",
@@ -431,31 +466,21 @@ def make(pipeline: "Pipeline", request: Request, target: Path | None, flags: Fla
             reporter.note(f"adapter {adapter}", sha256=adapter.sha256)
         policy: IfExists = "number" if target is None else "replace" if flags["overwrite"] else "error"
         path = pipeline.generate_file(request, state, policy, flags["keep_latents"], reporter, flags["preview"])
-        if flags["sidecar"]:
+        if flags["sidecar"] and not (_running.member and _running.member.rank):
             write_sidecar(path, policy)
     reporter.finished(str(path))
 
 
-def refuse_unready_parallel(dit_fsdp: bool, t5_fsdp: bool, ulysses_size: int) -> None:
-    """Several GPUs come with a later version; till then every way to ask for them is one line. Raises RequestError."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    for flag, asked in (("--dit_fsdp", dit_fsdp), ("--t5_fsdp", t5_fsdp), ("--ulysses_size", ulysses_size != 1)):
-        if asked and world == 1:
-            raise RequestError(f"{flag} needs several processes", hint="torchrun --nproc_per_node=N generate.py …")
-    if world > 1:
-        if os.environ.get("RANK", "0") != "0":
-            raise typer.Exit(2)
-        raise RequestError("several GPUs are not supported yet", hint="run without torchrun, on one")
-
-
 def describe(
-    request: Request, pipeline: "Pipeline", target: Path, extension: "Extension | None", as_json: bool
-) -> None:
+    request: Request, pipeline: "Pipeline", target: Path, extension: "Extension | None", as_json: bool, mesh: Mesh,
+    shares: Shares,
+) -> None:  # fmt: skip
     """What `generate` would do, on stdout. A prompt that would be extended is still the one given."""
     from wan22.sampling import describe_split, plan_steps
 
     steps, (start, stop) = plan_steps(request), (request.guidance_start, request.guidance_stop)
     scope = f" ({pipeline.precision.scope})" if pipeline.precision.scope else ""
+    plan = planning.require_here(request, pipeline.precision, pipeline.placement, pipeline.sizes, shares)
     facts = {
         "prompt": request.prompt,
         **({"extended by": str(extension)} if extension else {}),
@@ -469,10 +494,10 @@ def describe(
         "seed": request.seed,
         "checkpoint": str(pipeline.checkpoint.folder),
         "weights": f"{pipeline.precision.weights}{scope}, {pipeline.experts.bytes / 2**30:.2f} GiB both experts, "
-        + planning.describe(pipeline.plan(request)),
+        + planning.describe(plan),
         "attention": pipeline.precision.attention,
         **({"step cache": pipeline.precision.step_cache} if pipeline.precision.step_cache else {}),
-        "device": str(pipeline.device),
+        "device": str(pipeline.device) if mesh.world == 1 else f"{mesh.world} of {pipeline.device.type}: {mesh}",
         "output": str(target),
     }
     if as_json:
@@ -483,13 +508,21 @@ def describe(
 
 
 cli_bench.add_to(app, generate)
-cli_many.add_to(app, generate, refuse_unready_parallel)
+cli_many.add_to(app, generate)
 
 
 # Whichever click typer brings along, this is its error for wrong usage.
 UsageError: type[Exception] = typer.BadParameter.mro()[2]
 
 
+class _Running:
+    """The command line at work, and its process's part among several."""
+
+    words: list[str] = []  # noqa: RUF012
+    member: Member | None = None
+
+
+_running = _Running()
 STOPPED = {130: "interrupted", 143: "terminated"}
 
 
@@ -499,25 +532,57 @@ def main(argv: list[str]) -> int:
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     words, debug = normalize(argv)
+    _running.words, _running.member = argv, None
     if not debug:
         warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell that put us behind it ignores it
         signal.signal(signal.SIGINT, _stop)
     try:
-        return app(args=words, prog_name="wan22", standalone_mode=False) or 0
+        code = app(args=words, prog_name="wan22", standalone_mode=False) or 0
     except SystemExit as error:
         if error.code in STOPPED:
+            if member := _running.member:
+                return member.fail(News("stopped", member.rank, STOPPED[error.code], (), int(error.code)))
             print("; ".join([STOPPED[error.code], *notes(error)]), file=sys.stderr)
         raise
     except Exception as error:
+        if member := _running.member:
+            if debug:
+                traceback.print_exc()
+            return tell_others(error, member)
         if debug:
             raise
+        if os.environ.get("RANK", "0") != "0":
+            return explained(error)[2]  # of a command line that is wrong, which the first process says
         return explain(error)
+    if _running.member:
+        _running.member.leave()
+    return code
+
+
+def tell_others(error: Exception, member: Member) -> int:
+    """One of several processes failed: all end, and this is told once; the exit code."""
+    message, hints, code = explained(error)
+    # What comes of another one's end says nothing of its cause.
+    of_others = re.search(r"gloo|NCCL|[Cc]onnection|peer|process group|pipe", str(error))
+    is_own = isinstance(error, WanError) or not of_others
+    if is_own and member.rank and not isinstance(error, RequestError):
+        message = f"rank {member.rank}: {message}"
+    kept = notes(error)  # told by whoever keeps the state, whichever rank fails
+    hints = [hint for hint in hints if hint not in kept]
+    return member.fail(News("failed" if is_own else "cut off", member.rank, message, tuple(hints), code))
 
 
 def explain(error: Exception) -> int:
     """An error in one line on stderr, with its hint; the exit code."""
+    message, hints, code = explained(error)
+    announce(News("failed", 0, message, tuple(hints), code))
+    return code
+
+
+def explained(error: Exception) -> tuple[str, list[str], int]:
+    """An error in a line, what helps, and the exit code."""
     hint: str | None
     if isinstance(error, WanError):
         message, hint, code = str(error), error.hint, error.exit_code
@@ -527,11 +592,7 @@ def explain(error: Exception) -> int:
         message, hint, code = "out of GPU memory", "a smaller --size, fewer --frames, or --offload block", 1
     else:
         message, hint, code = f"{type(error).__name__}: {error}", "the whole story: --debug", 1
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    for line in (hint, *notes(error)):
-        if line:
-            print(f"hint: {line}", file=sys.stderr)
-    return code
+    return " ".join(message.split()), [line for line in (hint, *notes(error)) if line], code
 
 
 def notes(error: BaseException) -> list[str]:

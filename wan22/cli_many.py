@@ -6,6 +6,7 @@ Thin as those are: flags → one call, and torch only inside a command.
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 NOT_IN_BATCH = (
     "prompt", "output", "overwrite", "from_file", "json_lines", "dry_run", "sidecar", "use_prompt_extend",
     "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang", "prompt_extend_url",
-    "prompt_extend_fallback",
+    "prompt_extend_fallback", "gpus", "ulysses_size", "ring_size", "dit_fsdp", "t5_fsdp",
 )  # fmt: skip
 OF_A_LINE = (
     "prompt", "negative_prompt", "size", "frames", "fps", "steps", "shift", "solver", "guidance", "guidance_low",
@@ -34,14 +35,15 @@ OF_A_LINE = (
 )  # fmt: skip
 
 
-def add_to(app: typer.Typer, generate: Callable[..., None], check: Callable[[bool, bool, int], None]) -> None:
-    """The four commands, of which batch takes generate's options too. check: of those for several GPUs."""
+def add_to(app: typer.Typer, generate: Callable[..., None]) -> None:
+    """The four commands, of which batch takes generate's options too."""
 
     @app.command("batch")
     @with_options_of(generate, without=NOT_IN_BATCH)
     @functools.wraps(batch)
     def checked(**flags: Any) -> None:
-        check(flags["dit_fsdp"], flags["t5_fsdp"], flags["ulysses_size"])
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RequestError("a batch is not for torchrun: each GPU makes videos of its own", hint="--workers N")
         batch(**flags)
 
     for command in (status, sheet, gallery):

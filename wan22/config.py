@@ -392,6 +392,10 @@ class Placement(_Settings):
     (plan.py); gpu_memory_limit: bytes of GPU memory to make do with; text_encoder: `auto` (the device) or `cpu`;
     lora_dir: a folder in which adapters are looked for by name before the usual places; save_every: seconds between
     two savings of a run's state.
+
+    gpus: processes to start, each with a device of its own; None: the one this is, or as many as torchrun or SLURM
+    started. ulysses_size, ring_size: ranks along these axes of mesh.py, None for what that chooses; dit_fsdp, t5_fsdp:
+    each rank keeps a part of the experts' weights, of the text encoder's (sharding.py).
     """
 
     device: str = "auto"
@@ -400,6 +404,11 @@ class Placement(_Settings):
     lora_dir: str | None = None
     gpu_memory_limit: int | None = None
     save_every: float = 30.0
+    gpus: int | None = None
+    ulysses_size: int | None = None
+    ring_size: int | None = None
+    dit_fsdp: bool = False
+    t5_fsdp: bool = False
     prompt_cache: bool = True
 
     def __post_init__(self) -> None:
@@ -414,6 +423,11 @@ class Placement(_Settings):
         if self.lora_dir is not None and not Path(self.lora_dir).is_dir():
             raise RequestError(f"--lora-dir {self.lora_dir}: no such folder")
         _check_number("--save-every", self.save_every, float, 0, 1e6)
+        for name in ("gpus", "ulysses_size", "ring_size"):
+            if (asked := getattr(self, name)) is not None:
+                _check_number(f"--{name}", asked, int, 1, 4096)
+        if self.t5_fsdp and self.text_encoder == "cpu":
+            raise RequestError("--t5_fsdp and --t5_cpu contradict each other", hint="give one of them")
 
 
 CODECS = ("libx264", "libx265")

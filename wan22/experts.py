@@ -9,11 +9,13 @@
 """
 
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,8 +26,12 @@ from wan22.load import assemble, empty_expert
 from wan22.lora import Adapters, Merge
 from wan22.memory import OUT_OF_MEMORY, Memory, memory_of
 from wan22.model import WanTransformer
+from wan22.parallel import Ranks
 from wan22.quantize import EightBit
 from wan22.streaming import BlockStream, Files, HostCopy, Piece, Source, evenly, pieces_of
+
+if TYPE_CHECKING:
+    from wan22.sharding import Copies
 
 ROOM_FOR_WORK = 0.25  # of the host's free memory, left alone when files are read ahead
 
@@ -37,6 +43,7 @@ class _Placed:
     key: "Key"
     model: WanTransformer
     stream: BlockStream | None = None
+    join: Callable[[], None] | None = None  # what is to be done by all ranks at once before it is used
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Experts:
         self._empty = {name: empty_expert(expert, dtype, eight_bit) for name, expert in checkpoint.experts.items()}
         self.bytes = sum(tensor.nbytes for model in self._empty.values() for tensor in model.state_dict().values())
         self.attention = "torch"  # the backend's name; set before an expert is asked for
+        self.ranks: Ranks | None = None  # those that work together, where there are several
         self.ladder = list(ladder)
         self._given_memory = memory
         self.stall = 0.0  # seconds that steps waited for an expert, but for the first
@@ -142,6 +150,8 @@ class Experts:
             try:
                 self._coming = _Coming(key, *self._begin_placing(key))
             except OUT_OF_MEMORY:
+                if self.ranks:
+                    raise  # the others go on to bring it
                 return  # it is asked for again at its turn, and whoever asks has an answer to that
         elif self.residency.host_experts > (self.residency.kind == "block") and self.memory.has_host:
             self._forget_copies(self.residency.host_experts - 1, at_work=self._placed)
@@ -171,6 +181,10 @@ class Experts:
         return Files(self.checkpoint.experts[key.name], self._pieces(key.name), key.merges, self.memory)
 
     def _place(self, key: Key) -> _Placed:
+        if self.ranks and self.ranks.shard_experts:
+            placed, fill = self._shard(key)
+            fill(lambda: False)
+            return placed
         kind, pieces = self.residency.kind, self._pieces(key.name)
         streamed = self._streamed(len(pieces) - 1)
         copy = self._copy_of(key)
@@ -201,12 +215,62 @@ class Experts:
         for number in flats.keys() & (copy.pieces.keys() if copy else set()):
             assert copy
             self.memory.move(flats[number], copy.pieces[number])
-        self._files(key).read({number: flat for number, flat in flats.items() if not copy or number not in copy.pieces})
+        wanted = {number: flat for number, flat in flats.items() if not copy or number not in copy.pieces}
+        if self.ranks and not key.merges:
+            for copies in self._copies_of(key, wanted):
+                copies.read()
+                copies.join()
+            return
+        self._files(key).read(wanted)
+
+    def _copies_of(self, key: Key, flats: dict[int, Tensor]) -> "list[Copies]":
+        """What several ranks read for one another, piece by piece; adapters, which change whole tensors, each does."""
+        from wan22.sharding import Copies
+
+        assert self.ranks
+        expert, rank, world = self.checkpoint.experts[key.name], self.ranks.team.rank, self.ranks.mesh.world
+        pieces = self._pieces(key.name)
+        return [Copies(expert, pieces[number].views(flat), rank, world) for number, flat in flats.items()]
+
+    def _shard(self, key: Key) -> tuple[_Placed, Callable[[Callable[[], bool]], None]]:
+        """This rank's part of an expert with its memory taken, and the work that fills it."""
+        from wan22.sharding import sharded_expert
+
+        assert self.ranks
+        expert, world = self.checkpoint.experts[key.name], self.ranks.mesh.world
+        model, fill = sharded_expert(expert, self.dtype, self.attention, key.merges, self.memory, world)
+        self.ranks.split(model)
+        return _Placed(key, model), fill
 
     def _begin_placing(self, key: Key) -> tuple[_Placed, Callable[[Callable[[], bool]], None]]:
         """A wholly resident expert with its memory taken, and the work that fills it."""
+        if self.ranks and self.ranks.shard_experts:
+            shard, fill = self._shard(key)
+            taken = self.memory.mark()
+
+            def work_on_shard(stopped: Callable[[], bool]) -> None:
+                with self.memory.aside(taken):
+                    fill(stopped)
+
+            return shard, work_on_shard
         flats = {number: self.memory.empty(piece.nbytes) for number, piece in self._pieces(key.name).items()}
         placed, mark = self._assemble(key, flats, [], [], None), self.memory.mark()
+        if self.ranks and not key.merges:
+            everything = self._copies_of(key, flats)
+
+            def join() -> None:
+                for copies in everything:
+                    copies.join()
+
+            def work_on_part(stopped: Callable[[], bool]) -> None:
+                with self.memory.aside(mark):
+                    for copies in everything:
+                        if stopped():
+                            return
+                        copies.read()
+
+            placed.join = join
+            return placed, work_on_part
 
         def work(stopped: Callable[[], bool]) -> None:
             with self.memory.aside(mark):
@@ -228,6 +292,8 @@ class Experts:
         for number, piece in pieces.items():
             state |= piece.views(flats[number])
         assemble(model, state, self.attention)
+        if self.ranks:
+            self.ranks.split(model)
         if not streamed:
             return _Placed(key, model)
         assert source
@@ -267,6 +333,9 @@ class Experts:
                 raise
             return  # no room to wait in: it is read when it is placed
         if coming.placed:
+            if coming.placed.join:
+                coming.placed.join()
+                coming.placed.join = None
             self._placed.append(coming.placed)
 
     def _warm(self, name: str) -> None:
@@ -276,13 +345,18 @@ class Experts:
             self._stop_warming = threading.Event()
             threading.Thread(target=tensors.warm, args=(self._stop_warming,), daemon=True).start()
 
-    def _drop(self, placed: Sequence[_Placed]) -> None:
+    def _drop(self, placed: list[_Placed]) -> None:
+        if not placed:
+            return
         for at in placed:
             if at.stream:
                 at.stream.close()
             self._placed.remove(at)
-        if placed:
-            self.memory.trim()
+        del at
+        placed.clear()
+        if self.ranks and self.ranks.shard_experts:
+            gc.collect()  # PyTorch's sharding holds a module in cycles
+        self.memory.trim()
 
 
 class _Coming:

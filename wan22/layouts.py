@@ -166,15 +166,16 @@ class Published:
         entries = getattr(self.source, "entries", {})
         return {name: entries[stored] for name, stored in self._map.names.items()} if entries else {}
 
-    def read(self, targets: "Mapping[str, torch.Tensor]") -> None:
+    def read(self, targets: "Mapping[str, torch.Tensor]", begins: Mapping[str, int] | None = None) -> None:
         stored = {self._map.names[name]: target for name, target in targets.items()}
+        begins = {self._map.names[name]: begin for name, begin in (begins or {}).items()}
         scaled = [name for name in targets if name in self._map.scales]
         if not scaled:
-            self.source.read(stored)
+            self.source.read(stored, begins)
             return
         assert isinstance(self.source, FileTensors)
         scales = self._scales(scaled, targets[scaled[0]].device)
-        self.source.read(stored, {self._map.names[name]: scale for name, scale in scales.items()})
+        self.source.read(stored, begins, {self._map.names[name]: scale for name, scale in scales.items()})
 
     @property
     def scaled(self) -> Set[str]:

@@ -52,6 +52,13 @@ def load_expert(
 ) -> WanTransformer:  # fmt: skip
     """Build, then read every tensor once, merge adapters, cast or quantize on the way to what the model declares."""
     model = empty_expert(expert, dtype, eight_bit)
+    state = room_for(model, device)
+    read_state(expert, state, merges)
+    return assemble(model, state)
+
+
+def room_for(model: WanTransformer, device: torch.device) -> dict[str, Tensor]:
+    """Tensors for a model's own, by name, not filled; those that are packed lie side by side."""
     wanted = model.state_dict()
     state: dict[str, Tensor] = {}
     for names in side_by_side(wanted):
@@ -59,17 +66,20 @@ def load_expert(
         rows = [len(part) for part in parts]
         room = torch.empty(sum(rows), *parts[0].shape[1:], dtype=parts[0].dtype, device=device)
         state.update(zip(names, room.split(rows), strict=True))
-    read_state(expert, state, merges)
-    return assemble(model, state)
+    return state
 
 
-def read_state(expert: Expert, state: Mapping[str, Tensor], merges: Sequence[Merge] = ()) -> None:
-    """Fill a model's tensors by name, or some of them, from the expert's files, adapters merged, then quantized."""
+def read_state(
+    expert: Expert, state: Mapping[str, Tensor], merges: Sequence[Merge] = (), begins: Mapping[str, int] | None = None
+) -> None:
+    """Fill a model's tensors by name, or some of them, or parts of them (see TensorSource), from the expert's files,
+    adapters merged, then quantized."""
 
     def read(targets: dict[str, Tensor]) -> None:
         parts = [replace(merge, changes={name: merge.changes[name] for name in merge.changes.keys() & targets.keys()})
                  for merge in merges]  # fmt: skip
-        read_merged(expert.tensors, targets, parts)
+        in_part = {name: begin for name, begin in (begins or {}).items() if name in targets}
+        read_merged(expert.tensors, targets, parts, in_part)
 
     read_quantized(state, read)
 

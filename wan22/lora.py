@@ -218,21 +218,27 @@ class Merge:
     strength: float
 
 
-def read_merged(source: TensorSource, targets: Mapping[str, Tensor], merges: Sequence[Merge]) -> None:
-    """`source.read`, with adapters: what they change is read and summed in float32, one tensor at a time, adapters in
-    the order of `merges`, then rounded once to the target's dtype."""
-    changed = {name for merge in merges for name in merge.changes}
-    source.read({name: target for name, target in targets.items() if name not in changed})
-    largest = max((targets[name].numel() for name in changed if targets[name].dtype != torch.float32), default=0)
+def read_merged(
+    source: TensorSource, targets: Mapping[str, Tensor], merges: Sequence[Merge],
+    begins: Mapping[str, int] | None = None,
+) -> None:  # fmt: skip
+    """`source.read`, with adapters: what they change is read and summed in float32, one tensor at a time and whole,
+    adapters in the order of `merges`, then rounded once to the target's dtype."""
+    changed, begins = {name for merge in merges for name in merge.changes}, begins or {}
+    plain = {name: target for name, target in targets.items() if name not in changed}
+    source.read(plain, {name: begins[name] for name in begins.keys() & plain.keys()})
+    roomy = [name for name in changed if targets[name].dtype != torch.float32 or name in begins]
+    largest = max((math.prod(source.shapes[name]) for name in roomy), default=0)
     room = torch.empty(largest, dtype=torch.float32, device=next(iter(targets.values())).device)
     for name in (name for name in source.shapes if name in changed):
-        target = targets[name]
-        weight = target if target.dtype == torch.float32 else room[: target.numel()].view_as(target)
+        target, shape = targets[name], source.shapes[name]
+        weight = room[: math.prod(shape)].view(shape) if name in roomy else target
         source.read({name: weight})
         for merge in merges:
             if name in merge.changes:
                 merge.adapter.add(weight, merge.changes[name], merge.strength)
-        target.copy_(weight)
+        begin = begins.get(name, 0)
+        target.copy_(weight.view(-1)[begin : begin + target.numel()].view_as(target))
 
 
 class Adapters:

@@ -62,7 +62,7 @@ def join(parts: list[Tensor]) -> Tensor | None:
     first, place = parts[0], parts[0].storage_offset()
     for part in parts:
         alike = part.is_contiguous() and part.dtype == first.dtype and part.device == first.device
-        same = not part.is_meta and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        same = part.untyped_storage()._cdata == first.untyped_storage()._cdata  # its address; on `meta` too
         if not (alike and same and part.storage_offset() == place):
             return None
         place += part.numel()

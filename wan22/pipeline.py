@@ -37,17 +37,20 @@ from wan22.load import DTYPES, eight_bit_of
 from wan22.lora import Adapters
 from wan22.memory import limit_gpu_memory
 from wan22.names import default_output
-from wan22.plan import HOST_BASE, Plan, Sizes, pick_tiles, require
+from wan22.parallel import Ranks
+from wan22.plan import HOST_BASE, Plan, Sizes, pick_tiles, require, require_any
 from wan22.preview import Preview
 from wan22.prompt_cache import Encoded, cache_for
 from wan22.report import Reporter
-from wan22.sampling import denoise, describe_split, draw_noise, first_loras, plan_steps
-from wan22.state import RunState, begin_automatic, begin_given, read_state
+from wan22.sampling import denoise, describe_split, draw_noise, evaluate, first_loras, plan_steps
+from wan22.state import Follower, RunState, begin_automatic, begin_given, read_state
 from wan22.step_cache import StepCache
 from wan22.text_encoder import Tokenizer, check_text_encoder, encode_all
 from wan22.vae import VideoVAE, check_vae, to_uint8
-from wan22.vae_sizes import Grid
+from wan22.vae_parallel import decode_together
+from wan22.vae_sizes import Grid, rank_grid
 from wan22.video import IfExists, check_writable, open_output
+from wan22.watch import ticking
 
 
 @dataclass
@@ -75,11 +78,16 @@ class Pipeline:
         precision: Precision = Precision(),  # noqa: B008 (frozen)
         placement: Placement = Placement(),  # noqa: B008
         encoding: Encoding = Encoding(),  # noqa: B008
+        ranks: Ranks | None = None,
     ) -> None:
-        """Checks every file's names and shapes; reads no weight. Raises RequestError."""
-        self.checkpoint, self.placement, self.encoding = checkpoint, placement, encoding
-        self.device = _device(placement.device)
+        """Checks every file's names and shapes; reads no weight. ranks: the processes that make each video together,
+        every one of which calls the same of what follows. Raises RequestError."""
+        self.checkpoint, self.placement, self.encoding, self.ranks = checkpoint, placement, encoding, ranks
+        self.device = ranks.device if ranks else _device(placement.device)
         self.precision = resolve_precision(precision, self.device)
+        if ranks and ranks.shard_experts and self.precision.scope:
+            raise RequestError(f"--dit_fsdp goes with no {self.precision.weights} weights",
+                               hint="--dtype bf16, or whole experts: without --dit_fsdp")  # fmt: skip
         self.dtype = DTYPES[self.precision.weights]
         check_text_encoder(checkpoint)
         check_vae(checkpoint)
@@ -87,6 +95,7 @@ class Pipeline:
         self.experts = Experts(
             checkpoint, self.dtype, self.device, self.adapters, eight_bit=eight_bit_of(self.precision)
         )
+        self.experts.ranks = ranks
         self._attention_chosen = False
         self.sizes = Sizes.of(checkpoint)
         self.identity = checkpoint.identity()
@@ -112,6 +121,11 @@ class Pipeline:
         where = find_checkpoint(model) if model or not parts.need_no_base else None
         checkpoint = open_checkpoint(where, parts=parts)
         return cls(checkpoint, precision or Precision(dtype), placement or Placement(device))
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this is the process, of one or several, that writes."""
+        return self.ranks is None or self.ranks.first
 
     @property
     def is_demo(self) -> bool:
@@ -143,6 +157,9 @@ class Pipeline:
         """
         drawn = request.seed is None
         request = self.resolve(request)
+        if self.ranks and not self.ranks.first:
+            request, lead = self.ranks.share(None)
+            return request, Follower(lead)
         record = self.record(request)
         save_every = self.placement.save_every
         settings: dict[str, Any] = {"any_seed": drawn, "steps": request.num_steps, "save_every": save_every}
@@ -150,7 +167,10 @@ class Pipeline:
             state = begin_given(output, record, overwrite=overwrite, **settings)
         else:
             state = begin_automatic(self.name(request, folder), record, **settings)
-        return replace(request, seed=state.record["request"]["seed"]), state
+        request = replace(request, seed=state.record["request"]["seed"])
+        if self.ranks:
+            self.ranks.share((request, state.lead))
+        return request, state
 
     def name(self, request: Request, folder: Path) -> Path:
         """What the video of a resolved request is called where nobody says otherwise."""
@@ -164,7 +184,7 @@ class Pipeline:
         until it is whole. The caller leaves the state by whatever is raised: RequestError, RunError."""
         if not state.finished:
             record = self.record(request)
-            early = Preview(self.checkpoint, request, state.output, reporter.warn) if preview else None
+            early = Preview(self.checkpoint, request, state.output, reporter.warn) if preview and self._speaks else None
             try:
                 latents = self.denoise(request, reporter, state, early)
             finally:
@@ -174,7 +194,10 @@ class Pipeline:
             if state.trouble:
                 reporter.warn(f"the latents could not be kept: {state.trouble}")
             with reporter.phase("decode and write"):
-                state.output = _write(state.output, request, record, self.decode(latents, reporter), if_exists)
+                if not self._speaks:
+                    assert not list(self.decode(latents, reporter))
+                else:
+                    state.output = _write(state.output, request, record, self.decode(latents, reporter), if_exists)
         state.close(keep_latents)
         return state.output
 
@@ -196,6 +219,8 @@ class Pipeline:
         length = math.prod(n // step for n, step in zip(request.latent_shape[1:], config.patch_size, strict=True))
         shape = Shape(length, config.num_heads, config.head_dim)
         self.experts.attention = choose(self.precision.attention, shape, self.device, self.dtype)
+        if self.ranks:  # measured here too, which compiles it; but every rank's must round alike
+            self.experts.attention = self.ranks.share(self.experts.attention)
         self.precision = replace(self.precision, attention=self.experts.attention)
         self._attention_chosen = True
 
@@ -217,8 +242,17 @@ class Pipeline:
         }
 
     def plan(self, request: Request) -> Plan:
-        """What the request needs of this machine, and how it is met. Raises DoesNotFit."""
-        return require(request, self.precision, self.placement, self.sizes, *self.experts.memory.rooms())
+        """What the request needs of this machine, or of each rank's, and how it is met. Raises DoesNotFit."""
+        gpu, host = self.experts.memory.rooms()
+        if not self.ranks:
+            return require(request, self.precision, self.placement, self.sizes, gpu, host)
+        rooms = self.ranks.gather((gpu, host))  # and all must find the same
+        host = min((host for _, host in rooms), key=lambda room: room.free)
+        gpu = gpu and min((gpu for gpu, _ in rooms), key=lambda room: room.free)
+        plan, self.ranks.shard_experts = require_any(
+            request, self.precision, self.placement, self.sizes, gpu, host, self.ranks.shares()
+        )
+        return plan
 
     def denoise(
         self, request: Request, reporter: Reporter, state: RunState | None = None, preview: Preview | None = None
@@ -232,6 +266,8 @@ class Pipeline:
         plan = self.plan(request)
         assert plan.chosen
         self.experts.use(plan.ladder)
+        if self.ranks:
+            reporter.note(self.ranks.describe())
         cold = self.experts.first_ready is None
         if not begun and self._room_beside_text(plan):
             # Nearly always the first one's turn; reading takes longer than all that is imported and encoded meanwhile.
@@ -246,14 +282,18 @@ class Pipeline:
             noise = draw_noise(request, self.device)
             reporter.begin_steps(len(steps), begun.done if begun else 0)
             cache = StepCache(self.precision.step_cache)
+            if self.ranks:
+                cache.change = self.ranks.change  # type: ignore[method-assign]
             try:
                 negative = contexts[1] if guided else None
-                latents = denoise(
-                    request, self.experts, noise, contexts[0], negative,
-                    on_step=lambda step: reporter.step(step.index, step.expert, step.timestep),
-                    begun=begun, keep=state.keep if state else lambda progress: None, warn=reporter.warn, cache=cache,
-                    look=preview.look if preview else lambda clean: None,
-                )  # fmt: skip
+                with ticking():
+                    latents = denoise(
+                        request, self.experts, noise, contexts[0], negative,
+                        on_step=lambda step: reporter.step(step.index, step.expert, step.timestep),
+                        begun=begun, keep=state.keep if state else lambda progress: None, warn=reporter.warn,
+                        cache=cache, look=preview.look if preview else lambda clean: None,
+                        evaluate=self.ranks.evaluate if self.ranks else evaluate,
+                    )  # fmt: skip
             finally:
                 reporter.end_steps()
         if cache.threshold:
@@ -283,10 +323,17 @@ class Pipeline:
         mode: the encoder on the `device`, in a `stream` to it, or on the `cpu`; where memory runs out, the next one.
         Raises RunError.
         """
+        if not self.ranks or self.ranks.shard_text:
+            return self._encode(prompts, reporter, mode)
+        return self.ranks.share(self._encode(prompts, reporter, mode) if self.ranks.first else None)
+
+    def _encode(self, prompts: list[str], reporter: Reporter, mode: str) -> list[Tensor]:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]
         on = torch.device("cpu") if mode == "cpu" else self.device
         cache = cache_for(self.checkpoint, self.dtype, on) if self.placement.prompt_cache and missing else None
         encoded = {prompt: found for prompt in missing if cache and (found := cache.get(prompt))}
+        if self.ranks and self.ranks.shard_text:  # all must miss the same
+            encoded = self.ranks.share(encoded)
         cut = {prompt for prompt, found in encoded.items() if found.cut}
         self._contexts |= {prompt: found.context for prompt, found in encoded.items()}
         if missing := [prompt for prompt in missing if prompt not in encoded]:
@@ -301,10 +348,11 @@ class Pipeline:
                 troubles.append(trouble)
 
             ids = {prompt: found for prompt, (found, _) in tokens.items()}
-            contexts = encode_all(self.checkpoint, self.dtype, self.device, ids, mode, say)
+            world = self.ranks.mesh.world if self.ranks and self.ranks.shard_text else 1
+            contexts = encode_all(self.checkpoint, self.dtype, self.device, ids, mode, say, world)
             self.experts.memory.trim()
             self._contexts |= contexts
-            if cache and not troubles:  # after which it was perhaps another device's work
+            if cache and not troubles and self._speaks:  # after which it was perhaps another device's work
                 for prompt, context in contexts.items():
                     cache.put(prompt, Encoded(context, prompt in cut))
         for prompt in (prompt for prompt in dict.fromkeys(prompts) if prompt in cut):
@@ -315,6 +363,9 @@ class Pipeline:
     def decode(self, latents: Tensor, reporter: Reporter | None = None) -> Iterator[np.ndarray]:
         """Latents → chunks of frames [F, H, W, 3] uint8, as they come. Raises RunError."""
         reporter = reporter or Reporter()
+        if self.ranks:
+            yield from self._decode_together(latents, self.ranks)
+            return
         tiles: Grid = (1, 1)
         dtype = DTYPES[self.precision.vae]
         for beside in ("experts", "nothing"):
@@ -325,6 +376,19 @@ class Pipeline:
         vae = VideoVAE(self.checkpoint, self.device, dtype)
         for chunk in vae.decode(latents.to(self.device), tiles, reporter.warn):
             yield to_uint8(chunk)
+
+    def _decode_together(self, latents: Tensor, ranks: Ranks) -> Iterator[np.ndarray]:
+        """On the first rank the frames, on the others none."""
+        tiles: Grid = (1, 1)
+        dtype = DTYPES[self.precision.vae]
+        for beside in ("experts", "nothing"):
+            free = self.experts.memory.free(self.placement.gpu_memory_limit) // ranks.on_this_device
+            tiles = pick_tiles(latents.shape, self.sizes, min(ranks.gather(free)), dtype.itemsize, ranks.mesh.world)
+            if tiles != rank_grid(latents.shape, ranks.mesh.world) and beside == "experts":
+                self.experts.release()
+        with ticking():
+            vae = VideoVAE(self.checkpoint, self.device, dtype)
+            yield from decode_together(vae, latents.to(self.device), tiles, ranks)
 
     def decode_file(self, file: Path, output: Path | None, overwrite: bool, reporter: Reporter) -> Path:
         """Make the video of latents that were kept, with the record in them. Raises RequestError, RunError."""

@@ -8,8 +8,19 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from wan22.config import GPU_RESERVE, DoesNotFit, Placement, Precision, Request, Residency, parse_bytes
+from wan22.config import (
+    GPU_RESERVE,
+    DoesNotFit,
+    Placement,
+    Precision,
+    Request,
+    RequestError,
+    Residency,
+    parse_bytes,
+)
+from wan22.launch import Team
 from wan22.machine import Room, gpu_memory, host_memory
+from wan22.mesh import Mesh, Shares, choose_mesh
 from wan22.sizes import (
     ITEM,
     SOLVER_COPIES,
@@ -24,9 +35,10 @@ from wan22.sizes import (
     total,
     weight_terms,
 )
-from wan22.vae_sizes import Grid, decode_terms, finer
+from wan22.vae_sizes import Grid, decode_terms, finer, rank_grid
 
 HOST_BASE = {"cpu": 1 << 30, "cuda": 3 << 30}  # Python with its libraries, and the driver's part; to be measured
+COMMUNICATORS = 1 << 30  # NCCL's, one for each axis that messages go along; to be measured
 SMALLER = ((1280, 720, 49), (832, 480, 81), (832, 480, 33), (480, 272, 33), (256, 256, 17))  # to be proposed
 
 
@@ -80,37 +92,49 @@ class Plan:
 
 def make_plan(
     request: Request, precision: Precision, placement: Placement, sizes: Sizes, gpu: Room | None, host: Room,
-    fused: bool | None = None,
+    fused: bool | None = None, shares: Shares = Shares(),  # noqa: B008 (frozen)
 ) -> Plan:  # fmt: skip
-    """gpu: its room, None for a run on the CPU; fused: whether the Triton kernels run, which they do on a GPU. Never
-    raises for what does not fit: the plan says so."""
+    """gpu: its room, None for a run on the CPU; fused: whether the Triton kernels run, which they do on a GPU; shares:
+    of one rank, where there are several. Never raises for what does not fit: the plan says so."""
     device = "cuda" if gpu else "cpu"
     precision = precision.resolve(device)
     item, sizes = ITEM[precision.weights], sizes.at(precision)
     fused = device == "cuda" if fused is None else fused
-    moments = block_moments(tokens_of(request), sizes, item, fused, precision.attention.startswith("int8"))
+    tokens = -(-tokens_of(request) // shares.sequence)
+    moments = block_moments(tokens, sizes, item, fused, precision.attention.startswith("int8"))
+    if shares.sequence > 1:
+        # q, k and v to others, from others, put together; what is attended to others and from them.
+        moments["attention"]["exchanged"] = 8 * moments["attention"]["h"]
+        residual = moments["norm"]["residual"]
+        moments["embedding"] = {"all tokens": 4 * tokens_of(request) * sizes.dim, "residual": residual}
     moment = max(moments, key=lambda name: total(moments[name]))
     lasting = lasting_terms(request, sizes, item) | cache_terms(request, sizes, precision)
     activations = lasting | {f"{moment}: {name}": n for name, n in moments[moment].items()}
+    if shares.world > 1 and gpu:
+        activations["communicators"] = COMMUNICATORS
     budget = None
     if gpu:
         budget = min(gpu.free, placement.gpu_memory_limit or gpu.free) - GPU_RESERVE
-    text = "cpu" if placement.text_encoder == "cpu" else _text_mode(sizes, item, budget)
+    text = "cpu" if placement.text_encoder == "cpu" else _text_mode(sizes, item, budget, shares.text_shards)
     vae = ITEM[precision.vae]
-    tiles = pick_tiles(request.latent_shape, sizes, host.free - HOST_BASE[device] if budget is None else budget, vae)
+    room = (host.free - shares.processes * HOST_BASE[device]) // shares.processes if budget is None else budget
+    tiles = pick_tiles(request.latent_shape, sizes, room, vae, shares.world)
     phases = {
-        "text": text_terms("device" if device == "cpu" else text, sizes, item),
+        "text": text_terms("device" if device == "cpu" else text, sizes, item, shares.text_shards),
         "decode": decode_terms(request.latent_shape, sizes.vae_width, tiles, vae),
     }
     text_on_host = {} if text == "device" or device == "cpu" else {"text encoder": sizes.text_encoder * item}
     options = []
-    for residency in _residencies(sizes, item, device, budget, total(activations), host):
-        all_phases = {"text": phases["text"], "denoise": weight_terms(residency, sizes, item) | activations,
-                      "decode": phases["decode"]}  # fmt: skip
+    for residency in _residencies(sizes, item, device, budget, total(activations), host, shares):
+        weights = weight_terms(residency, sizes, item, shares.shards)
+        all_phases = {"text": phases["text"], "denoise": weights | activations, "decode": phases["decode"]}
         # The phases follow one another.
         pinned = host_terms(residency, sizes, item)
-        on_host = {"base": HOST_BASE[device]} | (pinned if total(pinned) > total(text_on_host) else text_on_host)
-        on_host |= all_phases[max(all_phases, key=lambda phase: total(all_phases[phase]))] if device == "cpu" else {}
+        base = {"base": shares.processes * HOST_BASE[device]}
+        on_host = base | (pinned if total(pinned) > total(text_on_host) else text_on_host)
+        if device == "cpu":
+            most = max(all_phases, key=lambda phase: total(all_phases[phase]))
+            on_host |= {name: shares.processes * nbytes for name, nbytes in all_phases[most].items()}
         on_host["frames"] = 2 * 4 * 3 * request.width * request.height * (request.num_frames if tiles != (1, 1) else 4)
         options.append(Option(residency, text, tiles, all_phases, on_host, _lack(all_phases, on_host, budget, host)))
     wanted = [o for o in options if placement.offload in ("auto", o.residency.kind)]
@@ -119,7 +143,10 @@ def make_plan(
     disk = int(0.15 * request.width * request.height * request.num_frames)
     disk += SOLVER_COPIES * 4 * prod(request.latent_shape)
     below = options[options.index(chosen) :] if chosen else []
-    ladder = [rung for option in below for rung in dict.fromkeys((option.residency, _bare(option.residency)))
+    if shares.world > 1:
+        below = []  # who runs out of memory alone cannot go on otherwise than the others do
+    ladder = [chosen.residency] if chosen and shares.world > 1 else []
+    ladder += [rung for option in below for rung in dict.fromkeys((option.residency, _bare(option.residency)))
               if HOST_BASE[device] + total(host_terms(rung, sizes, item)) <= host.free]  # fmt: skip
     return Plan(options, chosen, ladder, disk, gpu, placement.gpu_memory_limit, host)
 
@@ -130,10 +157,11 @@ def _bare(residency: Residency) -> Residency:
 
 
 def require(
-    request: Request, precision: Precision, placement: Placement, sizes: Sizes, gpu: Room | None, host: Room
-) -> Plan:
+    request: Request, precision: Precision, placement: Placement, sizes: Sizes, gpu: Room | None, host: Room,
+    shares: Shares = Shares(),  # noqa: B008 (frozen)
+) -> Plan:  # fmt: skip
     """A plan that has a chosen placement. Raises DoesNotFit, naming what would fit."""
-    plan = make_plan(request, precision, placement, sizes, gpu, host)
+    plan = make_plan(request, precision, placement, sizes, gpu, host, shares=shares)
     if plan.chosen:
         return plan
     asked = next((o for o in plan.options if o.residency.kind == placement.offload), plan.options[-1])
@@ -157,9 +185,54 @@ def rooms(gpu: str | None = None, host: str | None = None, device: str = "auto")
     return card, host_memory()
 
 
-def require_here(request: Request, precision: Precision, placement: Placement, sizes: Sizes) -> Plan:
-    """`require` on this machine, before torch is imported. Raises DoesNotFit."""
-    return require(request, precision, placement, sizes, *rooms(device=placement.device))
+def require_here(
+    request: Request, precision: Precision, placement: Placement, sizes: Sizes,
+    shares: Shares = Shares(),  # noqa: B008 (frozen)
+) -> Plan:  # fmt: skip
+    """`require_any` on this machine, before torch is imported. Raises DoesNotFit."""
+    return require_any(request, precision, placement, sizes, *rooms(device=placement.device), shares)[0]
+
+
+def require_any(
+    request: Request, precision: Precision, placement: Placement, sizes: Sizes, gpu: Room | None, host: Room,
+    shares: Shares,
+) -> tuple[Plan, bool]:  # fmt: skip
+    """`require`, and whether experts are sharded in it: where they are asked to be, or where it is what lets several
+    ranks hold them. Raises DoesNotFit."""
+    if shares.world == 1 or shares.shards > 1:
+        return require(request, precision, placement, sizes, gpu, host, shares), shares.shards > 1
+    try:
+        return require(request, precision, placement, sizes, gpu, host, shares), False
+    except DoesNotFit:
+        if precision.resolve("cuda" if gpu else "cpu").scope:
+            raise  # weights in 8 bits are not sharded
+        return require(request, precision, placement, sizes, gpu, host, replace(shares, shards=shares.world)), True
+
+
+def require_gpus(placement: Placement, team: Team) -> None:
+    """As many as `--gpus` asks for, before that many processes are started. Raises RequestError."""
+    world = placement.gpus or 1
+    if world == 1 or placement.device == "cpu" or team.world > 1:
+        return
+    there = next((n for n in range(world) if not gpu_memory(f"cuda:{n}")), world)
+    if there < world and (there or placement.device == "cuda"):  # without any, the device is the CPU
+        raise RequestError(f"--gpus {world}: there {'is' if there == 1 else 'are'} {there} here")
+
+
+def spread(
+    request: Request, placement: Placement, sizes: Sizes, team: Team = Team()  # noqa: B008 (frozen)
+) -> tuple[Mesh, Shares]:
+    """How a request is spread over the processes that there are, or that `--gpus` asks for, and what each has of it.
+    Raises RequestError for what cannot work."""
+    world = placement.gpus or team.world
+    if world == 1:
+        return Mesh(), Shares()
+    guided = [request.guidance_high, request.guidance_low, request.guidance_lead if request.lead_steps else 1]
+    local = team.local_world if team.world > 1 else world
+    mesh = choose_mesh(world, local, sizes.num_heads, tokens_of(request), any(guidance != 1 for guidance in guided),
+                       placement.ulysses_size, placement.ring_size)  # fmt: skip
+    experts, text = (world if sharded else 1 for sharded in (placement.dit_fsdp, placement.t5_fsdp))
+    return mesh, Shares(world, mesh.sequence, experts, text, local)
 
 
 def describe(plan: Plan) -> str:
@@ -184,13 +257,16 @@ def _what_would_fit(plan: Plan, request: Request, precision: Precision, placemen
 
 
 def _residencies(
-    sizes: Sizes, item: int, device: str, budget: int | None, activations: int, host: Room
+    sizes: Sizes, item: int, device: str, budget: int | None, activations: int, host: Room, shares: Shares
 ) -> Iterator[Residency]:
     """The best form of each kind: as many blocks resident and as many experts in pinned memory as fit."""
     expert, block = sizes.expert_bytes(item), sizes.block_bytes(item)
     pinnable = int(0.9 * max(0, host.free - HOST_BASE[device]))
     copies = min(2, pinnable // expert) if device == "cuda" else 0
     yield Residency("none")
+    if shares.world > 1:  # a copy for each would be many; and blocks come and go between ranks already
+        yield Residency("expert")
+        return
     yield Residency("expert", 0, min(1, copies))
     resident = 0
     if budget is not None:
@@ -200,17 +276,17 @@ def _residencies(
     yield Residency("disk", resident, 0)
 
 
-def _text_mode(sizes: Sizes, item: int, budget: int | None) -> str:
+def _text_mode(sizes: Sizes, item: int, budget: int | None, shards: int = 1) -> str:
     for mode in ("device", "stream"):
-        if budget is None or total(text_terms(mode, sizes, item)) <= budget:
+        if budget is None or total(text_terms(mode, sizes, item, shards)) <= budget:
             return mode
     return "cpu"
 
 
-def pick_tiles(latent_shape: Sequence[int], sizes: Sizes, room: int, item: int = 4) -> Grid:
-    """The coarsest grid of the VAE's tiles that fits into `room` bytes; the finest where none does. item: bytes of the
-    decoder's dtype."""
-    tiles: Grid = (1, 1)
+def pick_tiles(latent_shape: Sequence[int], sizes: Sizes, room: int, item: int = 4, ranks: int = 1) -> Grid:
+    """The coarsest grid of the VAE's tiles, one a rank or more, that fits into `room` bytes; the finest where none
+    does. item: bytes of the decoder's dtype."""
+    tiles: Grid = rank_grid(latent_shape, ranks)
     while total(decode_terms(latent_shape, sizes.vae_width, tiles, item)) > room and (
         grid := finer(tiles, latent_shape)
     ):

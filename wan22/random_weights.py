@@ -43,10 +43,15 @@ class RandomTensors:
     def sizes(self) -> dict[str, int]:
         return {name: 4 * math.prod(shape) for name, shape in self.shapes.items()}
 
-    def read(self, targets: Mapping[str, Tensor]) -> None:
+    def read(self, targets: Mapping[str, Tensor], begins: Mapping[str, int] | None = None) -> None:
         """Fill every target; done when it returns, as reading from files is."""
         for name, target in targets.items():
-            self._draw(name, target)
+            if begins and name in begins:
+                whole = torch.empty(self.shapes[name], dtype=target.dtype, device=target.device)
+                self._draw(name, whole)
+                target.copy_(whole.view(-1)[begins[name] :][: target.numel()].view_as(target))
+            else:
+                self._draw(name, target)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from io import FileIO
 from itertools import zip_longest
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan22.config import RequestError, RunError
+from wan22.watch import tick
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,15 @@ class Entry:
     @property
     def is_packed(self) -> bool:
         return self.dtype not in ITEM_BYTES
+
+    def part(self, begin: int, count: int) -> "Entry":
+        """`count` of its numbers from the one at `begin` on, at whole blocks; its shape is whole rows where they are
+        that."""
+        (elements, size), row = self.block, math.prod(self.shape[1:])
+        assert begin % elements == count % elements == 0, "a part of a block cannot be read"
+        shape = (count // row, *self.shape[1:]) if begin % row == count % row == 0 else (count,)
+        return replace(self, shape=shape, offset=self.offset + begin // elements * size,
+                       nbytes=count // elements * size)  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -109,6 +119,7 @@ def read_entries(jobs: Sequence[Job]) -> None:
                 if piece is None:
                     return
                 lane.read(piece, later)
+                tick()
 
     lanes = [_Lane(jobs[0].target.device, number) for number in range(min(most, len(pieces)))]
     with ThreadPoolExecutor(len(lanes)) as pool:

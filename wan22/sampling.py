@@ -144,20 +144,36 @@ def draw_noise(request: Request, device: torch.device) -> Tensor:
     return noise.to(device)
 
 
+class Evaluate(Protocol):
+    """How both branches of a step are computed: latents [1, C, T, H, W] and timestep [1] → the velocity of the prompt
+    and, where there is a negative one, of that. One after the other here; on several devices parallel.py's."""
+
+    def __call__(
+        self, model: WanTransformer, latents: Tensor, timestep: Tensor, context: ContextKV, negative: ContextKV | None
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+def evaluate(
+    model: WanTransformer, latents: Tensor, timestep: Tensor, context: ContextKV, negative: ContextKV | None
+) -> tuple[Tensor, Tensor | None]:
+    conditional = model(latents, timestep, context)
+    return conditional, None if negative is None else model(latents, timestep, negative)
+
+
 def guided_velocity(
-    model: WanTransformer, latents: Tensor, step: Step, context: ContextKV, negative: ContextKV | None
-) -> Tensor:
+    model: WanTransformer, latents: Tensor, step: Step, context: ContextKV, negative: ContextKV | None,
+    evaluate: Evaluate = evaluate,
+) -> Tensor:  # fmt: skip
     """uncond + guidance · (cond − uncond) in float32; [C, T, H, W] → [C, T, H, W].
 
     Without `negative` the conditional velocity alone, which is what guidance 1 means. Source: Ho and Salimans,
     "Classifier-Free Diffusion Guidance" (2022), in the published form.
     """
     timestep = torch.tensor([step.timestep], device=latents.device)
-    conditional = model(latents[None], timestep, context)[0]
-    if negative is None:
-        return conditional
-    unconditional = model(latents[None], timestep, negative)[0]
-    return unconditional + step.guidance * (conditional - unconditional)
+    conditional, unconditional = evaluate(model, latents[None], timestep, context, negative)
+    if unconditional is None:
+        return conditional[0]
+    return unconditional[0] + step.guidance * (conditional[0] - unconditional[0])
 
 
 def _work(step: Step) -> tuple[Any, ...]:
@@ -178,6 +194,7 @@ def denoise(
     warn: Callable[[str], None] = lambda text: None,
     cache: StepCache | None = None,
     look: Callable[[Callable[[], Tensor]], None] = lambda clean: None,
+    evaluate: Evaluate = evaluate,
 ) -> Tensor:
     """Integrate from noise to latents, [C, T, H, W] float32 both.
 
@@ -232,10 +249,10 @@ def _denoise(
                 cache.attach(model)
                 if computed and _work(steps[computed[0]]) == working:  # in the middle of its turn: as it was
                     cache.begin_step(may_skip=False)
-                    guided_velocity(model, computed[1], steps[computed[0]], prompt, negative)
+                    guided_velocity(model, computed[1], steps[computed[0]], prompt, negative, evaluate)
             last = computed[0] if computed else step.index
             cache.begin_step(may_skip=step.index not in always and step.index - last <= MOST_SKIPPED)
-            velocity = guided_velocity(model, latents, step, prompt, negative)
+            velocity = guided_velocity(model, latents, step, prompt, negative, evaluate)
             after = solver.step(velocity[None], solver.timesteps[step.index], latents[None], return_dict=False)[0][0]
             if cache.end_step():
                 computed = step.index, latents

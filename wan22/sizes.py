@@ -36,6 +36,7 @@ class Sizes:
     text_heads: int
     vae_width: int
     files: int
+    num_heads: int
     text_len: int = 512
     eight_bit: int = 0  # of the block's elements
     scales: int = 0  # float32 numbers beside them: one an output channel
@@ -45,17 +46,19 @@ class Sizes:
         """Those of Wan2.2-T2V-A14B, from its names, shapes and manifest."""
         folder = configs_dir() / "Wan2.2-T2V-A14B"
         shapes = json.loads((folder / "tensors.json").read_text())
+        config = json.loads((folder / "high_noise_model" / "config.json").read_text())
         files = {file["path"]: file["size"] for file in json.loads((folder / "manifest.json").read_text())["files"]}
         text = next(size for path, size in files.items() if path.startswith("models_t5")) // ITEM["bf16"]
         # The text encoder's and the VAE's shapes are no part of the package: UMT5-XXL's own, and the VAE's width.
         return cls(**_expert_sizes(shapes), text_encoder=text, text_embedding=256384 * 4096, text_heads=64,
-                   vae_width=96, files=sum(files.values()))  # fmt: skip
+                   vae_width=96, files=sum(files.values()), num_heads=config["num_heads"])  # fmt: skip
 
     @classmethod
     def of(cls, checkpoint: "Checkpoint") -> Self:
         """Those of an opened checkpoint. A pickle is not opened for it, which takes torch: its text encoder is taken
         for bf16, as published, and its VAE for the published width."""
-        expert = next(iter(checkpoint.experts.values())).tensors
+        first = next(iter(checkpoint.experts.values()))
+        expert = first.tensors
         parts = [*(expert.tensors for expert in checkpoint.experts.values()), checkpoint.text_encoder, checkpoint.vae]
         files = sum(path.stat().st_size for part in parts for path in part.files)
         text, vae = checkpoint.text_encoder, checkpoint.vae
@@ -70,7 +73,7 @@ class Sizes:
         pickled = vae.path.suffix in (".pth", ".pt", ".bin")
         width = published.vae_width if pickled else vae.shapes.get("encoder.conv1.weight", (published.vae_width,))[0]
         return cls(**_expert_sizes(expert.shapes), text_encoder=elements, text_embedding=embedding, text_heads=heads,
-                   vae_width=width, files=files)  # fmt: skip
+                   vae_width=width, files=files, num_heads=first.config["num_heads"])  # fmt: skip
 
     def at(self, precision: Precision) -> Self:
         """The same model with its blocks' products in 8 bits, where a resolved precision has them so (quantize.py)."""
@@ -172,10 +175,11 @@ def tokens_of(request: Request) -> int:
     return frames * (height // 2) * (width // 2)
 
 
-def weight_terms(residency: Residency, sizes: Sizes, item: int) -> Terms:
-    """On the device."""
+def weight_terms(residency: Residency, sizes: Sizes, item: int, shards: int = 1) -> Terms:
+    """On the device. shards: ranks that each keep a part; the block at work and the next are whole, and copied."""
     if residency.kind in ("none", "expert"):
-        return {"experts": (2 if residency.kind == "none" else 1) * sizes.expert_bytes(item)}
+        whole = {} if shards == 1 else {"gathered": sizes.rest_bytes(item) + 4 * sizes.block_bytes(item)}
+        return {"experts": (2 if residency.kind == "none" else 1) * -(-sizes.expert_bytes(item) // shards), **whole}
     block = sizes.block_bytes(item)
     resident = max(0, sizes.num_layers - _streamed(residency, sizes))
     return {"outside the blocks": sizes.rest_bytes(item), "resident blocks": resident * block, "two buffers": 2 * block}
@@ -195,10 +199,12 @@ def host_terms(residency: Residency, sizes: Sizes, item: int) -> Terms:
     return {"pinned experts": residency.host_experts * sizes.expert_bytes(item)}
 
 
-def text_terms(mode: str, sizes: Sizes, item: int) -> Terms:
+def text_terms(mode: str, sizes: Sizes, item: int, shards: int = 1) -> Terms:
     """mode: `device`, `stream` (accelerate brings one layer at a time; the embedding is the largest) or `cpu`. Eager
     attention makes scores in the weights' dtype and in float32, and the position bias."""
     if mode == "cpu":
         return {}
     weights = sizes.text_encoder if mode == "device" else max(sizes.text_embedding, sizes.text_encoder // 24)
+    if shards > 1:  # the embedding is whole all along, and two layers
+        weights = sizes.text_encoder // shards + sizes.text_embedding + sizes.text_encoder // 12
     return {"weights": weights * item, "scores": sizes.text_heads * sizes.text_len**2 * (3 * item + 8)}

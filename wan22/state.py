@@ -182,17 +182,23 @@ class RunState:
         self.trouble: str | None = None  # why the last saving failed
         self._claim, self._save_every, self._automatic = held, save_every, automatic
         self._latest: Progress | None = None
+        self._computed: Any = None  # on a GPU, when the latest is
         self._last = time.monotonic()
         self._writer: threading.Thread | None = None
+
+    @property
+    def lead(self) -> tuple[Path, dict[str, Any], int, bool, Progress | None]:
+        """What a `Follower` is made of."""
+        return self.output, self.record, self.steps, self.finished, self.begun
 
     def keep(self, progress: Progress) -> None:
         """A step is done. Every `save_every` seconds this starts a saving, which waits for nothing and is not waited
         for."""
-        self._latest = progress
+        self._latest, self._computed = progress, _ready(progress)
         due = time.monotonic() - self._last >= self._save_every
         if due and not (self._writer and self._writer.is_alive()):
             self._last = time.monotonic()
-            self._writer = threading.Thread(target=self._save, args=(progress, _ready(progress)), daemon=True)
+            self._writer = threading.Thread(target=self._save, args=(progress, self._computed), daemon=True)
             self._writer.start()
 
     def finish(self, latents: "Tensor") -> None:
@@ -223,12 +229,26 @@ class RunState:
         try:
             if error is not None and not self.finished:
                 self._save_now()
-                if self.trouble:
-                    error.add_note(f"the last steps could not be kept: {self.trouble}")
-                if self.saved:
-                    error.add_note(f"kept in {self.path}: step {self.saved} of {self.steps}; the same command goes on")
+                for note in self._notes():
+                    error.add_note(note)
         finally:
             self._claim.release()
+
+    def rescue(self) -> list[str]:
+        """Save what is done, from a thread, where the run itself is stuck and never comes to an end; notes."""
+        if self._latest is None or self.finished:
+            return []
+        if self._writer:
+            self._writer.join()
+        if self._latest.done > self.saved:
+            self._save(self._latest, self._computed)
+        return self._notes()
+
+    def _notes(self) -> list[str]:
+        notes = [f"the last steps could not be kept: {self.trouble}"] if self.trouble else []
+        if self.saved:
+            notes.append(f"kept in {self.path}: step {self.saved} of {self.steps}; the same command goes on")
+        return notes
 
     def _save_now(self) -> None:
         if self._writer:
@@ -257,6 +277,24 @@ class RunState:
         if self.trouble:
             with contextlib.suppress(OSError):
                 self.path.with_name(staging_prefix(self.output) + "state").unlink(missing_ok=True)
+
+
+class Follower(RunState):
+    """The run of another process, which keeps its state: here nothing is written, and nothing is held."""
+
+    def __init__(self, leader: tuple[Path, dict[str, Any], int, bool, Progress | None]) -> None:
+        self.output, self.record, self.steps, self.finished, self.begun = leader
+        self.path, self.saved, self.trouble = state_path(self.output), 0, None
+
+    def keep(self, progress: Progress) -> None: ...
+
+    def finish(self, latents: "Tensor") -> None: ...
+
+    def close(self, keep_latents: bool = False) -> None: ...
+
+    def discard(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None: ...
 
 
 def begin_given(output: Path, record: dict[str, Any], *, any_seed: bool, overwrite: bool, **settings: Any) -> RunState:

@@ -65,8 +65,9 @@ class TensorSource(Protocol):
     @property
     def metadata(self) -> Mapping[str, Any]: ...
 
-    def read(self, targets: "Mapping[str, torch.Tensor]") -> None:
-        """Fill every target with the tensor of its name, cast to the target's dtype, on the target's device."""
+    def read(self, targets: "Mapping[str, torch.Tensor]", begins: Mapping[str, int] | None = None) -> None:
+        """Fill every target with the tensor of its name, cast to the target's dtype, on the target's device. begins:
+        of tensors that are wanted in part, the number, counted in their flat order, that the target begins with."""
 
     def warm(self, stop: threading.Event) -> None:
         """Have the system read the files ahead, till `stop` is set; there should be room for them in its page cache."""
@@ -164,12 +165,21 @@ class FileTensors:
         return {name: entry.nbytes for name, entry in self.entries.items()}
 
     def read(
-        self, targets: "Mapping[str, torch.Tensor]", scales: "Mapping[str, torch.Tensor] | None" = None
-    ) -> None:
+        self, targets: "Mapping[str, torch.Tensor]", begins: Mapping[str, int] | None = None,
+        scales: "Mapping[str, torch.Tensor] | None" = None,
+    ) -> None:  # fmt: skip
         """Fill the targets, in file order; tensors with scales (float32: one, or one a row) are multiplied by them
         before they are cast. Raises RequestError."""
-        scales = scales or {}
-        reading.read_entries([Job(self.entries[name], target, scales.get(name)) for name, target in targets.items()])
+        scales, begins, jobs = scales or {}, begins or {}, []
+        for name, target in targets.items():
+            entry, scale = self.entries[name], scales.get(name)
+            if name in begins:
+                begin, row = begins[name], math.prod(entry.shape[1:])
+                entry = entry.part(begin, target.numel())
+                if scale is not None and scale.numel() > 1:
+                    scale = scale.flatten()[begin // row : (begin + target.numel()) // row]
+            jobs.append(Job(entry, target, scale))
+        reading.read_entries(jobs)
 
     def bytes_of(self, name: str) -> bytes:
         """A small tensor as it lies in its file."""
@@ -258,9 +268,13 @@ class Pickle:
     def sizes(self) -> dict[str, int]:
         return {name: tensor.nbytes for name, tensor in self.tensors.items()}
 
-    def read(self, targets: "Mapping[str, torch.Tensor]") -> None:
+    def read(self, targets: "Mapping[str, torch.Tensor]", begins: Mapping[str, int] | None = None) -> None:
         for name, target in targets.items():
-            target.copy_(self.tensors[name])
+            tensor = self.tensors[name]
+            if begins and name in begins:
+                tensor = tensor.flatten()[begins[name] :][: target.numel()].view_as(target)
+            target.copy_(tensor)
+            reading.tick()
 
     def warm(self, stop: threading.Event) -> None:
         reading.warm(self.files, stop)

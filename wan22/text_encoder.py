@@ -7,13 +7,14 @@ import html
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wan22.checkpoint import Checkpoint
 from wan22.config import RequestError, RunError
-from wan22.memory import OUT_OF_MEMORY
+from wan22.memory import OUT_OF_MEMORY, memory_of
 from wan22.part_shapes import text_encoder_shapes, text_encoder_sizes
 from wan22.tensor_files import check_names
 from wan22.tensor_names import text_encoder_name
@@ -47,10 +48,11 @@ class TextEncoder:
     """UMT5's encoder. One prompt at a time and without padding: a context depends on its prompt alone, bit for bit."""
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, streamed: bool = False
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, streamed: bool = False, ranks: int = 1
     ) -> None:
         """Reads the weights, each cast to `dtype`. streamed: they stay in the host's memory, and each layer's come to
-        the device for its turn. Raises RequestError for foreign files."""
+        the device for its turn. ranks: that many processes keep a part each, and all of them must be called alike.
+        Raises RequestError for foreign files."""
         from transformers import UMT5EncoderModel
 
         self.device = device
@@ -59,6 +61,9 @@ class TextEncoder:
             # Eager attention is bit-equal to the published one. Built on meta: no initialization to throw away.
             model = UMT5EncoderModel._from_config(_config(checkpoint), attn_implementation="eager")
         names = {published: text_encoder_name(published) for published in checkpoint.text_encoder.shapes}
+        if ranks > 1:
+            self._shard(checkpoint, model.to(dtype), names, ranks)
+            return
         meta = model.state_dict()
         state = {name: torch.empty(meta[name].shape, dtype=dtype, device=lies_on) for name in names.values()}
         checkpoint.text_encoder.read({published: state[name] for published, name in names.items()})
@@ -70,6 +75,17 @@ class TextEncoder:
             from accelerate import cpu_offload
 
             cpu_offload(self.model, device)
+
+    def _shard(self, checkpoint: Checkpoint, model: Any, names: Mapping[str, str], ranks: int) -> None:
+        from wan22.sharding import shard_text_encoder
+
+        model.encoder.embed_tokens.weight = model.shared.weight
+        self.model = model.requires_grad_(False).eval()
+        targets, begins = shard_text_encoder(model, model.encoder.block, memory_of(self.device), ranks)
+        published = {name: published for published, name in names.items()}
+        own = [name for name in targets if name in published]  # a small one may lie on other ranks alone
+        checkpoint.text_encoder.read({published[name]: targets[name] for name in own},
+                                     {published[name]: begins[name] for name in own})  # fmt: skip
 
     @torch.inference_mode()
     def __call__(self, ids: list[int]) -> Tensor:
@@ -83,15 +99,16 @@ MODES = {"device": "on the device", "stream": "layer by layer", "cpu": "on the C
 
 def encode_all(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, ids: Mapping[str, list[int]], mode: str,
-    say: Callable[[str], None],
+    say: Callable[[str], None], ranks: int = 1,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Token ids by prompt → contexts on the CPU, by an encoder that is gone afterwards. mode: one of MODES; where
-    memory runs out the next one, which `say` is told. Raises RunError where there is none."""
-    modes = list(MODES)[list(MODES).index(mode) :]
+    memory runs out the next one, which `say` is told. ranks: of several processes that shard it, which have no other.
+    Raises RunError where there is none."""
+    modes = list(MODES)[list(MODES).index(mode) :][: None if ranks == 1 else 1]
     while True:
         try:
             on = torch.device("cpu") if modes[0] == "cpu" else device
-            encoder = TextEncoder(checkpoint, dtype, on, modes[0] == "stream")
+            encoder = TextEncoder(checkpoint, dtype, on, modes[0] == "stream", ranks)
             return {prompt: encoder(tokens).cpu() for prompt, tokens in ids.items()}
         except OUT_OF_MEMORY as error:
             trouble = f"out of memory while encoding the text: {str(error).partition('. ')[0]}"

@@ -148,9 +148,14 @@ def steps_of(decoder: nn.Module) -> list[int]:
     return reach[::-1]
 
 
-def to_uint8(frames: Tensor) -> np.ndarray:
+def to_pixels(frames: Tensor) -> Tensor:
     """[F, 3, H, W] float32 in -1…1 → [F, H, W, 3] uint8, cut off rather than rounded, as the published writer does."""
-    return ((frames + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return ((frames + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def to_uint8(frames: Tensor) -> np.ndarray:
+    """The same on the CPU."""
+    return to_pixels(frames).cpu().numpy()
 
 
 def check_vae(checkpoint: Checkpoint) -> None:

@@ -47,6 +47,22 @@ def finer(grid: Grid, latent_shape: Sequence[int]) -> Grid | None:
     return grid if max(height, width) / 2 >= SMALLEST_TILE else None
 
 
+def rank_grid(latent_shape: Sequence[int], ranks: int) -> Grid:
+    """The tiles of as many ranks: of all grids of that number the one whose largest tile, with its halo, is smallest;
+    of the next smaller number where there are too few latents."""
+    height, width = latent_shape[2:]
+
+    def largest(grid: Grid) -> int:
+        sides = (max(stop - start for start, stop in (with_halo(*cut, length) for cut in cuts(length, count)))
+                 for length, count in ((height, grid[0]), (width, grid[1])))  # fmt: skip
+        return prod(sides)
+
+    while not (grids := [(rows, ranks // rows) for rows in range(1, ranks + 1)
+                         if ranks % rows == 0 and rows <= height and ranks // rows <= width]):  # fmt: skip
+        ranks -= 1
+    return min(grids, key=largest)
+
+
 def decode_terms(latent_shape: Sequence[int], width: int, grid: Grid, item: int = 4) -> dict[str, int]:
     """Bytes by name at the peak of decoding one chunk; width: the VAE's base width; item: bytes of the decoder's dtype,
     which all of its stages but the first have. It follows vae_decoder.py line by line."""

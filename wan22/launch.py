@@ -1,0 +1,184 @@
+"""Who this process is among others, however they were started; and starting them. Standard library only.
+
+torchrun and SLURM (`srun`) each tell a process its number through the environment; `--gpus N` starts N processes of the
+same command line itself, and tells them as torchrun would.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from subprocess import DEVNULL, Popen, TimeoutExpired
+from types import FrameType
+from typing import IO, Any
+
+from wan22.config import Placement, RequestError
+from wan22.mesh import first_host
+from wan22.watch import RESCUE, Member, News, Watchman
+
+WATCH = "WAN22_WATCH"  # address and token of the watchman, for processes that `--gpus` started
+
+
+@dataclass(frozen=True)
+class Team:
+    """A process's number among `world`, and among the `local_world` of its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+
+def team_of(environment: Mapping[str, str]) -> Team:
+    """Who this process is by its environment: torchrun's variables, then those of SLURM's `srun`. Raises RequestError
+    where they make no sense."""
+    for names in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ):
+        if names[1] not in environment or names[0] not in environment:
+            continue
+        try:
+            rank, world = int(environment[names[0]]), int(environment[names[1]])
+            local_rank = int(environment.get(names[2], rank))
+            # SLURM writes 4(x2),3 for two nodes of four and one of three; the largest is what a mesh is made for.
+            told = environment.get(names[3], str(world)).replace(",", " ").split()
+            local_world = max(int(part.partition("(")[0]) for part in told)
+        except ValueError:
+            said = ", ".join(f"{name}={environment.get(name)}" for name in names)
+            raise RequestError(f"the environment says {said}, which are not numbers") from None
+        if not (0 <= rank < world and 0 <= local_rank < local_world <= world):
+            raise RequestError(f"the environment says {names[0]}={rank}, {names[1]}={world}, {names[2]}={local_rank}, "
+                               f"{names[3]}={local_world}, which cannot be")  # fmt: skip
+        return Team(rank, world, local_rank, local_world)
+    return Team()
+
+
+def refuse_lonely(placement: Placement, team: Team) -> None:
+    """What several processes are asked for and one cannot do, and what several cannot. Raises RequestError."""
+    world = placement.gpus or team.world
+    if team.world > 1 and world != team.world:
+        raise RequestError(f"--gpus {world}: this is one of {team.world} processes that were started already",
+                           hint="--gpus without torchrun or srun, or these without it")  # fmt: skip
+    for flag, asked in (("--dit_fsdp", placement.dit_fsdp), ("--t5_fsdp", placement.t5_fsdp),
+                        ("--ulysses_size", (placement.ulysses_size or 1) > 1),
+                        ("--ring_size", (placement.ring_size or 1) > 1)):  # fmt: skip
+        if asked and world == 1:
+            raise RequestError(f"{flag} needs several processes",
+                               hint="--gpus N, or torchrun --nproc_per_node=N generate.py …")  # fmt: skip
+    if world == 1:
+        return
+    if placement.offload in ("block", "disk"):
+        raise RequestError(f"--offload {placement.offload}: for one GPU alone; there are {world}",
+                           hint="--dit_fsdp, which keeps a part of each expert on each of them")  # fmt: skip
+    if ":" in placement.device:
+        raise RequestError(f"--device {placement.device}: there are {world} processes, each with its own GPU",
+                           hint="choose cards: CUDA_VISIBLE_DEVICES=0,1")  # fmt: skip
+
+
+def rendezvous(environment: Mapping[str, str], team: Team) -> dict[str, str]:
+    """What torch.distributed wants to find in the environment: torchrun sets it, for SLURM it is derived."""
+    told = {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
+    if "MASTER_ADDR" not in told:
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
+        told["MASTER_ADDR"] = first_host(nodes)
+    if "MASTER_PORT" not in told:
+        job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        told["MASTER_PORT"] = str(20000 + (job * 16 + step % 16) % 40000)
+    return {**told, "RANK": str(team.rank), "WORLD_SIZE": str(team.world), "LOCAL_RANK": str(team.local_rank)}
+
+
+def connect(environment: Mapping[str, str], team: Team) -> Member | None:
+    """The thread that ends this process with the others, where `--gpus` started it."""
+    if WATCH not in environment:
+        return None
+    host, port, token = environment[WATCH].split(" ")
+    return Member(team.rank, (host, int(port)), token)
+
+
+def launch(argv: Sequence[str], count: int) -> int:
+    """`wan22 ARGV` in `count` processes on this machine; the exit code. The first one's output is this one's; of the
+    others, only what ends the run is told, once."""
+    watchman = Watchman(count, "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(port), WATCH: f"127.0.0.1 {watchman.port} {watchman.token}",
+              "OMP_NUM_THREADS": threads}  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
+        children: list[Popen[bytes]] = []
+        stack.callback(_kill, children)
+        stack.enter_context(_forwarding(children))
+        for rank in range(count):
+            quiet: dict[str, Any] = {} if rank == 0 else {"stdout": DEVNULL, "stderr": said[rank]}
+            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # A session of their own: Ctrl-C comes to this process alone, which passes it on.
+            children.append(Popen([sys.executable, "-m", "wan22", *argv], env=environment,
+                                             stdin=DEVNULL, start_new_session=True, **quiet))  # fmt: skip
+        told: set[int] = set()
+        while not watchman.ended.wait(0.1):
+            codes = [child.poll() for child in children]
+            for rank, code in enumerate(codes):
+                if code and rank not in told:
+                    told.add(rank)
+                    watchman.hear(_death(rank, code, said[rank]))
+            if all(code == 0 for code in codes):
+                return 0
+        assert watchman.verdict
+        # The first one keeps the run's state, which takes a moment.
+        _await(children, RESCUE + 2)
+        _kill(children)
+        return watchman.verdict.code
+
+
+def _death(rank: int, code: int, said: IO[bytes]) -> News:
+    said.seek(0)
+    lines = [line.strip() for line in said.read()[-4000:].decode(errors="replace").splitlines() if line.strip()]
+    how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+    hints = () if code in (-signal.SIGKILL, -signal.SIGTERM) else tuple(lines[-1:])
+    return News("died", rank, f"rank {rank} {how}", hints, 1 if code < 0 else code)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+@contextlib.contextmanager
+def _forwarding(children: "list[Popen[bytes]]") -> Any:
+    def forward(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            with contextlib.suppress(OSError):
+                child.send_signal(number)
+
+    before: dict[int, Callable[..., Any] | int | None] = {
+        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _await(children: "Sequence[Popen[bytes]]", seconds: float) -> None:
+    end = time.monotonic() + seconds
+    for child in children:
+        with contextlib.suppress(TimeoutExpired):
+            child.wait(max(0.0, end - time.monotonic()))
+
+
+def _kill(children: "Sequence[Popen[bytes]]") -> None:
+    for child in children:
+        if child.poll() is None:
+            child.kill()
+        child.wait()

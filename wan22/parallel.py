@@ -1,0 +1,377 @@
+"""Several devices on one video: guidance, Ulysses and ring parallel, applied to a transformer from outside.
+
+The model is not changed: the output of `patch_embedding` and the rotary table are cut to a rank's own tokens, `attend`
+exchanges tokens for heads and back, the output of `head` is gathered. Every rank ends a step with the same velocity.
+
+Legend: B batch, L all tokens, l a rank's own, N all heads, n a rank's own, D head dim; U, R ranks along the Ulysses and
+the ring axis (mesh.py).
+"""
+
+import functools
+import math
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from wan22.attention import Attend
+from wan22.config import Placement, RequestError, RunError
+from wan22.launch import Team, connect, rendezvous
+from wan22.mesh import Mesh, Shares, shares
+from wan22.model import ContextKV, WanTransformer
+from wan22.watch import Member, Watchman, count_processor_time, tick
+
+PATIENCE = timedelta(minutes=30)  # for one message; who does not answer is found out by watch.py, and sooner
+OVERLAPPED = {"cuda": 2, "cpu": 1}  # parts of a rank's heads: one is attended to while the next one's are on their way
+
+
+# Its newer name, and its older one.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass
+class Counts:
+    """What a rank had and sent in its last forward passes: tokens and heads of a block, bytes to others."""
+
+    tokens: int = 0
+    heads: int = 0
+    bytes_sent: int = 0
+    passes: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one forward pass is spread. Groups are None where they would be of one rank; `order` is this rank's place
+    among those that share the tokens, ring × ulysses."""
+
+    ring: int
+    ulysses: int
+    order: int
+    ring_group: dist.ProcessGroup | None
+    ulysses_group: dist.ProcessGroup | None
+    sequence_group: dist.ProcessGroup | None
+
+    @property
+    def sequence(self) -> int:
+        return self.ring * self.ulysses
+
+
+@dataclass(eq=False)
+class Ranks:
+    """This process among those that make a video together."""
+
+    team: Team
+    mesh: Mesh
+    device: torch.device
+    overlapped: int = 1
+    shard_experts: bool = False
+    shard_text: bool = False
+    counts: Counts = field(default_factory=Counts)
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        mesh, ranks = self.mesh, range(self.mesh.world)
+        branch, ring, ulysses = mesh.place(self.team.rank)
+        self.branch = branch
+        self._groups: dict[tuple[int, ...], Any] = {}
+        self._pair = self._group([[a, a + mesh.sequence] for a in range(mesh.sequence)] if mesh.guidance == 2 else [])
+        by_ring = [[rank for rank in ranks if mesh.place(rank)[::2] == (b, u)]
+                   for b in range(mesh.guidance) for u in range(mesh.ulysses)]  # fmt: skip
+        by_ulysses = [[rank for rank in ranks if mesh.place(rank)[:2] == (b, r)]
+                      for b in range(mesh.guidance) for r in range(mesh.ring)]  # fmt: skip
+        by_branch = [[rank for rank in ranks if mesh.place(rank)[0] == b] for b in range(mesh.guidance)]
+        ulysses_group = self._group(by_ulysses)
+        ring_group, branch_group = self._group(by_ring), self._group(by_branch)
+        order = ring * mesh.ulysses + ulysses
+        self._guided = Layout(mesh.ring, mesh.ulysses, order, ring_group, ulysses_group, branch_group)
+        self._alone = self._guided
+        if mesh.guidance == 2:
+            # A step without guidance has one branch, and all share its tokens: the branches' axis prolongs the ring.
+            along = [[rank for rank in ranks if mesh.place(rank)[2] == u] for u in range(mesh.ulysses)]
+            self._alone = Layout(2 * mesh.ring, mesh.ulysses, self.team.rank, self._group(along), ulysses_group,
+                                 self._group([list(ranks)]))  # fmt: skip
+        self.layout = self._guided
+        self._lengths: list[int] = []  # of every rank's tokens, in the sequence at work
+        self._plain = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def _group(self, lists: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+        """A process group of each list of ranks; this rank's own. Every rank makes all of them, in the same order, and
+        none twice: each takes memory of a GPU."""
+        mine = None
+        for ranks in map(tuple, lists):
+            if len(ranks) > 1:
+                if ranks not in self._groups:
+                    self._groups[ranks] = dist.new_group(list(ranks), timeout=PATIENCE)
+                if self.team.rank in ranks:
+                    mine = self._groups[ranks]
+        return mine
+
+    @classmethod
+    def of(cls, team: Team, mesh: Mesh, placement: Placement) -> Self:
+        """This process's part in a mesh, its device as the placement says. Raises RequestError."""
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if placement.device == "auto" else placement.device
+        device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+        if kind == "cpu":
+            count_processor_time()
+        ranks = cls(team, mesh, device, OVERLAPPED[kind], placement.dit_fsdp, placement.t5_fsdp)
+        if kind == "cuda":
+            cards = ranks.gather((platform.node(), str(torch.cuda.get_device_properties(device).uuid)))
+            if len(set(cards)) < len(cards):
+                raise RequestError(f"{team.local_world} processes on a machine with {len(set(cards))} GPUs",
+                                   hint="as many processes as GPUs, or --device cpu")  # fmt: skip
+        return ranks
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that speaks, writes and keeps the state."""
+        return self.team.rank == 0
+
+    @property
+    def on_this_device(self) -> int:
+        """Ranks that share its memory: one on a GPU, all of a machine on its CPU."""
+        return self.team.local_world if self.device.type == "cpu" else 1
+
+    def describe(self) -> str:
+        """"4 GPUs: guidance × 2, ulysses × 2"."""
+        parts = (("experts", self.shard_experts), ("text encoder", self.shard_text))
+        sharded = [what for what, asked in parts if asked]
+        kind = "GPUs" if self.device.type == "cuda" else "processes"
+        return f"{self.mesh.world} {kind}: {self.mesh}" + (f"; {' and '.join(sharded)} sharded" if sharded else "")
+
+    # --- the transformer -----------------------------------------------------------------------------------------
+    def split(self, model: WanTransformer) -> None:
+        """Have a model, whose attention backend is chosen, work on this rank's tokens and heads."""
+        model.patch_embedding.register_forward_hook(lambda module, args, tokens: self._own(tokens, 1))
+        model.rotary.register_forward_hook(lambda module, args, table: tuple(self._own(part, 0) for part in table))
+        model.head.register_forward_hook(lambda module, args, patches: self._gather(patches))
+        block: Any
+        for block in model.blocks:
+            block.self_attn.attend = functools.partial(self.attend, block.self_attn.attend)
+
+    def evaluate(
+        self, model: WanTransformer, latents: Tensor, timestep: Tensor, context: ContextKV, negative: ContextKV | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both branches, each on its own half of the ranks: as `sampling.evaluate`, and the same on every rank."""
+        self.layout = self._alone if negative is None else self._guided
+        if negative is None:
+            return model(latents, timestep, context), None
+        if self._pair is None:
+            return model(latents, timestep, context), model(latents, timestep, negative)
+        own = model(latents, timestep, (context, negative)[self.branch]).contiguous()
+        both = own.new_empty(2, *own.shape)
+        tick()
+        all_gather(both.flatten(0, 1), own, self._pair)
+        self.counts.bytes_sent += own.nbytes
+        return both[0], both[1]
+
+    def change(self, now: Tensor, before: Tensor) -> float:
+        """`StepCache.change` of all tokens of the first branch, the same number on every rank."""
+        sums = torch.stack([(now - before).abs().sum(), before.abs().sum()]).double()
+        if self.layout is self._guided and self.branch:
+            sums.zero_()
+        tick()
+        dist.all_reduce(sums)
+        return (sums[0] / sums[1]).item()
+
+    def _own(self, x: Tensor, dim: int) -> Tensor:
+        """The part of a whole sequence that is this rank's."""
+        if self.layout.sequence == 1:
+            return x
+        self._lengths = shares(x.shape[dim], self.layout.sequence)
+        order = self.layout.order
+        # A copy, or the whole would stay as long as its part.
+        return x.narrow(dim, sum(self._lengths[:order]), self._lengths[order]).clone()
+
+    def _gather(self, own: Tensor) -> Tensor:
+        """A rank's patches [B, l, C] → all [B, L, C]."""
+        self.counts.tokens, self.counts.passes = own.shape[1], self.counts.passes + 1
+        group = self.layout.sequence_group
+        return own if group is None else torch.cat(self._all_of(own, self._lengths, group), dim=1)
+
+    def _all_of(self, own: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+        """A rank's [B, l, …] → those of all ranks of a group, in order; a message has the longest one's length."""
+        tick()
+        padded = own.new_zeros(len(own), max(lengths), *own.shape[2:])
+        padded[:, : own.shape[1]] = own
+        room = own.new_empty(len(lengths) * len(own), *padded.shape[1:])
+        all_gather(room, padded, group)
+        self.counts.bytes_sent += (len(lengths) - 1) * padded.nbytes
+        return [part[:, :length] for part, length in zip(room.chunk(len(lengths)), lengths, strict=True)]
+
+    # --- its attention -------------------------------------------------------------------------------------------
+    def attend(self, backend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, l, N, D] of a rank's tokens → the same of what is attended among all tokens.
+
+        Ulysses: l tokens of all heads become all tokens (of one place of the ring) of n heads, and back. Ring: the keys
+        and values of the other places are gathered, so that any backend serves and none need tell its log-sum-exps;
+        the bytes sent are those of the ring's own scheme. A rank's heads are done in parts: while one is attended to,
+        the next one's numbers are on their way.
+        """
+        tick()
+        layout, ranks = self.layout, self.layout.ulysses
+        if layout.sequence == 1:
+            self.counts.heads = q.shape[2]
+            return backend(q, k, v)
+        place = layout.order // ranks
+        lengths = self._lengths[place * ranks : (place + 1) * ranks]  # of the ranks of this Ulysses group
+        parts = head_parts(q.shape[2], ranks, min(self.overlapped, q.shape[2] // ranks))
+        own = layout.order % ranks
+        self.counts.heads = sum(part[own].stop - part[own].start for part in parts)
+        coming = [self._to_heads(q, k, v, part, lengths) for part in parts]
+        out, leaving = torch.empty_like(q), []
+        for number in range(len(parts)):
+            if layout.ring_group is not None:  # the next part's keys travel beside this one's attention
+                for ahead in range(number, min(number + 2, len(parts))):
+                    coming[ahead].begin_ring()
+            leaving.append(self._to_tokens(backend(*coming[number].take()), parts[number], lengths, out))
+            coming[number] = None  # type: ignore[call-overload]
+        for one in leaving:
+            one()
+        return out
+
+    def _to_heads(self, q: Tensor, k: Tensor, v: Tensor, part: list[slice], lengths: list[int]) -> "_Heads":
+        """Send every rank the queries, keys and values of its heads in one message; on the way when this returns."""
+        own = part[self.layout.order % self.layout.ulysses]
+        if self.layout.ulysses_group is None:
+            return _Heads(self, (q[:, :, own], k[:, :, own], v[:, :, own]))
+        (batch, length, _, depth), width = q.shape, own.stop - own.start
+        sizes = [3 * batch * length * (heads.stop - heads.start) * depth for heads in part]
+        send = q.new_empty(sum(sizes))
+        for piece, heads in zip(send.split(sizes), part, strict=True):
+            room = piece.view(3, batch, length, heads.stop - heads.start, depth)
+            for target, x in zip(room, (q, k, v), strict=True):
+                target.copy_(x[:, :, heads])
+        shapes = [(3, batch, other, width, depth) for other in lengths]
+        received, work = self._exchange(send, sizes, [math.prod(shape) for shape in shapes])
+
+        def take() -> tuple[Tensor, ...]:
+            work.wait()
+            pieces = [piece.view(shape) for piece, shape in zip(received, shapes, strict=True)]
+            return torch.cat(pieces, dim=2).unbind(0)
+
+        return _Heads(self, take)
+
+    def _to_tokens(self, attended: Tensor, part: list[slice], lengths: list[int], out: Tensor) -> Callable[[], None]:
+        """Send every rank its tokens' results of these heads; what puts those that come into `out`."""
+        batch, _, width, depth = attended.shape
+        if self.layout.ulysses_group is None:
+            out[:, :, part[0]] = attended
+            return lambda: None
+        send = torch.cat([piece.flatten() for piece in attended.split(lengths, dim=1)])
+        shapes = [(batch, out.shape[1], heads.stop - heads.start, depth) for heads in part]
+        sizes = [batch * length * width * depth for length in lengths]
+        received, work = self._exchange(send, sizes, [math.prod(shape) for shape in shapes])
+
+        def put() -> None:
+            work.wait()
+            for piece, heads, shape in zip(received, part, shapes, strict=True):
+                out[:, :, heads] = piece.view(shape)
+
+        return put
+
+    def _exchange(self, send: Tensor, sizes: list[int], back: list[int]) -> tuple[Sequence[Tensor], Any]:
+        """Numbers for each rank of the Ulysses group → those of each, once the work is done."""
+        received = send.new_empty(sum(back))
+        work = dist.all_to_all_single(received, send, back, sizes, self.layout.ulysses_group, async_op=True)
+        kept = sizes[self.layout.order % self.layout.ulysses]
+        self.counts.bytes_sent += (send.numel() - kept) * send.element_size()
+        return received.split(back), work
+
+    # --- plain values --------------------------------------------------------------------------------------------
+    def share(self, value: Any) -> Any:
+        """The first rank's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._plain)
+        return box[0]
+
+    def part(self) -> None:
+        """The end, once all ranks have come to it."""
+        dist.barrier(self._plain)
+        dist.destroy_process_group()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in order, on every rank."""
+        values: list[Any] = [None] * self.mesh.world
+        dist.all_gather_object(values, value, self._plain)
+        return values
+
+    def shares(self) -> Shares:
+        """What of a run's memory is this rank's, for planning."""
+        experts, text = (self.mesh.world if sharded else 1 for sharded in (self.shard_experts, self.shard_text))
+        return Shares(self.mesh.world, self.mesh.sequence, experts, text, self.team.local_world)
+
+
+class _Heads:
+    """One part of a rank's heads on its way: queries, keys and values."""
+
+    def __init__(self, ranks: Ranks, source: tuple[Tensor, ...] | Callable[[], tuple[Tensor, ...]]) -> None:
+        self._ranks, self._source = ranks, source
+        self._ring: Any = None
+
+    def begin_ring(self) -> None:
+        """Have the keys and values of the ring's other places come."""
+        if self._ring is not None:
+            return
+        ranks, layout = self._ranks, self._ranks.layout
+        q, k, v = self._source() if callable(self._source) else self._source
+        lengths = [sum(ranks._lengths[place * layout.ulysses : (place + 1) * layout.ulysses])
+                   for place in range(layout.ring)]  # fmt: skip
+        own = k.new_zeros(2, len(k), max(lengths), *k.shape[2:])
+        own[0, :, : k.shape[1]], own[1, :, : v.shape[1]] = k, v
+        room = own.new_empty(layout.ring * 2, *own.shape[1:])
+        work = all_gather(room, own, layout.ring_group, async_op=True)
+        ranks.counts.bytes_sent += (layout.ring - 1) * own.nbytes
+        self._ring = q, room.view(layout.ring, *own.shape), lengths, work
+
+    def take(self) -> tuple[Tensor, ...]:
+        """Queries of this place, keys and values of all tokens."""
+        if self._ring is None:
+            return self._source() if callable(self._source) else self._source
+        q, room, lengths, work = self._ring
+        work.wait()
+        parts = [place[:, :, :length] for place, length in zip(room, lengths, strict=True)]
+        k, v = torch.cat(parts, dim=2).unbind(0)
+        return q, k, v
+
+
+def head_parts(heads: int, ranks: int, count: int) -> list[list[slice]]:
+    """All heads in `count` parts, each of them a slice for every rank: rank by rank, then part by part."""
+    parts: list[list[slice]] = [[] for _ in range(max(1, count))]
+    start = 0
+    for share in shares(heads, ranks):
+        for part, width in zip(parts, shares(share, len(parts)), strict=True):
+            part.append(slice(start, start + width))
+            start += width
+    return parts
+
+
+# --- coming together -------------------------------------------------------------------------------------------------
+def meet(team: Team) -> Member:
+    """Join the process group, and the watch over it: from here on whoever fails ends all. Raises RunError."""
+    os.environ.update(rendezvous(os.environ, team))
+    member = connect(os.environ, team)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:  # SLURM may show each process its own card alone
+        torch.cuda.set_device(team.local_rank % torch.cuda.device_count())
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RunError(f"rank {team.rank} of {team.world} did not find the others at {where}: "
+                       f"{str(error).splitlines()[0]}") from None  # fmt: skip
+    if member is None:
+        box: list[Any] = [None]
+        if team.rank == 0:
+            watchman = Watchman(team.world)
+            box = [(os.environ["MASTER_ADDR"], watchman.port, watchman.token)]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        host, port, token = box[0]
+        member = Member(team.rank, (host if team.rank else "127.0.0.1", port), token)
+    return member
+
