@@ -238,14 +238,15 @@ def main() -> None:
         if options.json:
             print(json.dumps({"device": name, "world": team.world, "torch": torch.__version__, "rows": rows}))
         else:
-            show(rows, f"{team.world} × {name}, torch {torch.__version__}, attention {bench.attention}")
+            how = f"torch {torch.__version__}, attention {bench.attention}; {bench.tokens:,} tokens"
+            show(rows, f"{team.world} × {name}, {how}")
     member.leave()
     torch.distributed.destroy_process_group()
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
     one = next((row["step"] for row in rows if row["mode"] == "one"), None)
-    print(f"{title}; a guided step at 720p\n")
+    print(f"{title}; a guided step\n")
     print(f"{'':<14}{'step, s':>9}{'speed-up':>10}{'GiB':>7}{'messages, s':>13}{'exposed, s':>12}{'GB/s':>7}")
     for row in rows:
         faster = f"{one / row['step']:.3f}" if one else ""

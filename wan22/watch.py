@@ -17,6 +17,7 @@ import json
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -93,9 +94,11 @@ class Member:
 
     def fail(self, news: News) -> int:
         """Tell of an error, and wait for the end that comes of it; the exit code, should it not come."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
+            for number in (signal.SIGINT, signal.SIGTERM):  # it ends, and once is enough
+                signal.signal(number, signal.SIG_IGN)
             self._say({"news": vars(news)})
-            self._ended.wait(15)
+            time.sleep(15)  # in which the other thread saves what can be, and ends the process
         return news.code
 
     def leave(self) -> None:
