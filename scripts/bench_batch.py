@@ -6,7 +6,8 @@
 The batch's worker and the loop take turns, item by item, so that both meet the same machine: while one works the other
 waits. An item of the batch counts from when the parent may hand it out until it hears of its end; the loop is timed
 with its file written (`result.save`) and without. Of the state, what counts is the time that a run's own thread spends
-on it (`keep`); the saving itself goes on beside the steps, and is told too. Medians, and the ratios of throughput.
+on it (`keep`); the saving itself goes on beside the steps, and is told too. Medians, and the ratios of throughput; and
+processor seconds (parent, worker and ffmpeg together), which on a busy machine say more.
 """
 
 import argparse
@@ -53,29 +54,42 @@ def batch_beside_loop(options: argparse.Namespace) -> None:
         pipe.encode([text for item in items for text in (item.request.prompt, item.request.negative_prompt)],
                     Reporter())  # fmt: skip
         times: dict[str, list[float]] = {"batch": [], "generate": [], "generate, save": []}
-        free = time.perf_counter()
+        cpu: dict[str, list[float]] = {name: [] for name in times}
+        free, used = time.perf_counter(), 0.0
 
         def tell(event: str, **data: Any) -> None:
-            nonlocal free
+            nonlocal free, used
             if event != "done":
                 return
             times["batch"].append(time.perf_counter() - free)
-            start = time.perf_counter()
+            cpu["batch"].append(processor_seconds() - used)
+            start, used = time.perf_counter(), processor_seconds()
             result = pipe.generate(items[len(times["batch"]) - 1].request)
-            made = time.perf_counter()
+            times["generate"].append(time.perf_counter() - start)
+            cpu["generate"].append(processor_seconds() - used)
             result.save(folder / f"loop-{len(times['batch'])}.mp4")
-            times["generate"].append(made - start)
             times["generate, save"].append(time.perf_counter() - start)
-            free = time.perf_counter()
+            cpu["generate, save"].append(processor_seconds() - used)
+            free, used = time.perf_counter(), processor_seconds()
 
         engine = LocalEngine(devices, Work(dict(flags), base, folder / "out"))
         batch.Batch(jobs, folder / "out", engine, tell).run([])
     print(f"{options.items} items on {devices[0]}; seconds an item, median (first item left out: it reads the weights)")
     median = {name: statistics.median(values[1:]) for name, values in times.items()}
+    spent = {name: statistics.median(values[1:]) for name, values in cpu.items()}
     for name, value in median.items():
-        print(f"  {name:<16}{value:8.3f}")
+        print(f"  {name:<16}{value:8.3f}, of a processor {spent[name]:8.3f}")
     for name in ("generate", "generate, save"):
-        print(f"batch throughput / the loop's with {name}: {median[name] / median['batch']:.3f}")
+        print(f"batch throughput / the loop's with {name}: {median[name] / median['batch']:.3f}, "
+              f"by processor seconds {spent[name] / spent['batch']:.3f}")  # fmt: skip
+
+
+def processor_seconds() -> float:
+    """Of this process, those that it has started, and those that have ended since."""
+    import psutil
+
+    me = psutil.Process()
+    return sum(sum(process.cpu_times()[:4]) for process in (me, *me.children(recursive=True)))
 
 
 def saving(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ times are medians. Errors are relative to float32, of a few queries from first t
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -160,9 +161,9 @@ def attentions(sweep: bool) -> Iterator[tuple[str, Callable[[], Attend]]]:
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     for pv in attention_8bit.PV:
         yield f"int8 scores, {pv}", partial(ours, pv, None)
-        for keys in (128, 64) if pv == "bf16" and hopper else ():
-            form = attention_8bit.Form(keys=keys, hopper=True)
-            yield f"int8 scores, bf16, Hopper's own, {keys} keys", partial(ours, pv, form)
+        for how, keys in itertools.product(("together", "apart"), (128, 64)) if pv == "bf16" and hopper else ():
+            form = attention_8bit.Form(keys=keys, hopper=how)
+            yield f"int8 scores, bf16, Hopper's own, {how}, {keys} keys", partial(ours, pv, form)
         for form in FORMS if sweep else ():
             said = f"{form.queries} queries, {form.keys} keys, {form.warps} warps, {form.stages} stages"
             yield f"int8 scores, {pv}, {said}", partial(ours, pv, form)
@@ -199,6 +200,9 @@ def bench_attention(clock: Clock, shape: Shape, sweep: bool) -> Iterator[Row]:
     rows = torch.linspace(0, shape.length - 1, min(48, shape.length), device=clock.device).long()
     expected = reference(q[:, rows], k, v)
     flops = 4 * shape.length**2 * shape.heads * shape.head_dim
+    seconds = clock(partial(attention_8bit.prepare, q, k, 128), repeats=5)
+    name = "part of ours: q and k smoothed and quantized"
+    yield {"kind": "attention", "name": name, "seconds": seconds, "tflops": 0.0}
     for name, find in attentions(sweep):
         row: Row = {"kind": "attention", "name": name}
         try:

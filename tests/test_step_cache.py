@@ -139,6 +139,23 @@ def test_branches_are_kept_apart_and_decide_together(tiny):
         assert cache._branches == {}
 
 
+def test_processes_decide_alike(tiny):
+    """What each of them sees alone would have some skip and others not."""
+    asked = []
+
+    def decisions(seen):
+        cache = StepCache(0.65, agree=lambda sums: asked.append(sums) or [sums[0] * seen, sums[1]])
+        made = pipe(tiny, 0.65)
+        request = made.resolve(type(REQUEST).from_dict(LONG))
+        contexts = made.encode([request.prompt, request.negative_prompt], Reporter())
+        denoise(request, made.experts, draw_noise(request, CPU), *contexts, cache=cache)
+        return cache.skipped
+
+    few, usual, many = decisions(10.0), decisions(1.0), decisions(0.01)
+    assert few == 0 < usual < many
+    assert all(isinstance(number, float) for sums in asked for number in sums)
+
+
 @pytest.mark.parametrize("fractions", [(1, 5, 7, 10, 13)])
 def test_going_on_from_any_step_is_bit_identical(tiny, tmp_path, fractions):
     kept = []

@@ -100,7 +100,7 @@ BACKENDS: dict[str, Backend] = {
     "fa3": Backend(_flash("fa3_fwd_interface", "flash_attn_interface"), hint="pip install fa3-fwd (Hopper, Ampere)"),
     "fa4": Backend(_flash("flash_attn.cute"), hint="pip install --pre flash-attn-4 (Hopper, Blackwell)"),
     "sage": Backend(_sage, exact=False, auto=False, hint="pip install sageattention"),
-    # Ours: INT8 scores; probabilities and values in INT8 too, or in bf16, as Ampere has it (capability.py).
+    # Ours: INT8 scores; probabilities and values in INT8 too, or in bf16 (capability.py says where).
     "int8": Backend(_int8("int8"), exact=False, auto=False),
     "int8-bf16": Backend(_int8("bf16"), exact=False, auto=False),
 }

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from wan22 import claim, plan
+from wan22.capability import ADA, resolve
 from wan22.config import DEFAULT_TASK, DoesNotFit, Precision, Request, RequestError, RunError
 from wan22.items import Bad, Item
 from wan22.journal import Journal
@@ -92,8 +93,9 @@ def plan_jobs(
     from wan22.pipeline import _device, find_adapters, resolve_precision, video_name
 
     checkpoint, placement = read_checkpoint(flags, base, DEFAULT_TASK), read_placement(flags, base)
-    precision, identity = read_precision(flags, base), checkpoint.identity()
-    precision = precision.resolve(elsewhere) if elsewhere else resolve_precision(precision, _device(placement.device))
+    asked = read_precision(flags, base, ADA if elsewhere else None)
+    precision = resolve(asked, elsewhere, ADA) if elsewhere else resolve_precision(asked, _device(placement.device))
+    identity = checkpoint.identity()
     adapters, jobs, bad = find_adapters(checkpoint, placement), [], list(bad)
     sizes, too_large = plan.Sizes.of(checkpoint), None
     fits = functools.lru_cache(None)(lambda request: plan.require_here(request, precision, placement, sizes))

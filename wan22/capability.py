@@ -1,16 +1,17 @@
 """What a card can do, by its compute capability: the one place that refuses an approximation, or picks its form.
 
-| cards                  | capability | products  | our 8-bit attention                      |
+| cards                  | capability | products  | our 8-bit attention, the presets' first  |
 |------------------------|------------|-----------|------------------------------------------|
-| Ada, Hopper, and later | ≥ 8.9      | fp8, int8 | INT8 scores, INT8 probabilities and v    |
-| Ampere                 | 8.0 to 8.8 | int8      | INT8 scores, bf16 probabilities and v    |
+| Ada, Hopper, and later | ≥ 8.9      | fp8, int8 | `int8`, `int8-bf16`                      |
+| Ampere                 | 8.0 to 8.8 | int8      | `int8-bf16`, `int8`                      |
 | older                  | < 8.0      | none      | none                                     |
+
+`int8` attention has INT8 scores, probabilities and values, `int8-bf16` INT8 scores, bf16 probabilities and values.
 
 On a CPU the plain forms compute every approximation, exactly as it rounds and slowly: asked for by their own flags, not
 by a preset. Standard library only.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from wan22.config import EIGHT_BIT, Precision, RequestError
@@ -58,8 +59,8 @@ def preset(name: str, capability: Capability | None) -> dict[str, Any]:
 
 
 def resolve(precision: Precision, device: str, capability: Capability | None) -> Precision:
-    """`auto` made definite for a device type, and the form of what is asked for picked; never an approximation that was
-    not asked for. Raises RequestError for what the card cannot do."""
+    """`auto` made definite for a device type; never an approximation that was not asked for. Raises RequestError for
+    what the card cannot do."""
     precision = precision.resolve(device)
     if device == "cpu" or capability is None:
         return precision
@@ -69,12 +70,9 @@ def resolve(precision: Precision, device: str, capability: Capability | None) ->
             name = "8.9 (Ada, Hopper)" if least == ADA else "8.0 (Ampere)"
             hint = "--dtype int8" if capability >= AMPERE else "--dtype bf16"
             raise RequestError(f"--dtype {precision.weights}: {_has(capability)}; it needs {name} or later", hint=hint)
-    if precision.attention.startswith("int8"):
-        if capability < AMPERE:
-            raise RequestError(f"--attention {precision.attention}: {_has(capability)}; it needs 8.0 (Ampere) or later",
-                               hint="--attention auto")  # fmt: skip
-        if precision.attention == "int8" and capability < ADA:
-            precision = replace(precision, attention="int8-bf16")
+    if precision.attention.startswith("int8") and capability < AMPERE:
+        raise RequestError(f"--attention {precision.attention}: {_has(capability)}; it needs 8.0 (Ampere) or later",
+                           hint="--attention auto")  # fmt: skip
     return precision
 
 

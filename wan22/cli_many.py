@@ -88,19 +88,19 @@ def batch(
     folder = Path(output or f"{source.resolve().stem}-videos")
     check_writable(folder / "video.mp4", if_exists="number", encoding=read_encoding(flags, base))
     work = Work(dict(flags), base, folder, identity=checkpoint.identity())
-    started = start_engine(engine, ray_address, gpus_per_worker, workers, work)
-    try:
+    data = sys.stdout
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # where Ray prints what it has to say
+        started = start_engine(engine, ray_address, gpus_per_worker, workers, work)
+        stack.callback(started.close)
         there = None if engine == "local" else started.devices[0].partition(":")[0]
         jobs, bad = library.plan_jobs(items, bad, flags, base, there)
         if dry_run:
-            print("\n".join([*(f"{folder / job.name}" for job in jobs)]))
+            print("\n".join([*(f"{folder / job.name}" for job in jobs)]), file=data)
             print("\n".join(f"bad {one.where}: {one.error}" for one in bad), file=sys.stderr)
             return
-        tell = functools.partial(library.json_lines, sys.stdout) if json_lines else library.console(len(jobs))
-        with contextlib.redirect_stdout(sys.stderr):  # where Ray prints what it has to say; stdout is for data
-            outcomes = library.Batch(jobs, folder, started, tell).run(bad)
-    finally:
-        started.close()
+        tell = functools.partial(library.json_lines, data) if json_lines else library.console(len(jobs))
+        outcomes = library.Batch(jobs, folder, started, tell).run(bad)
     page = write_gallery(folder)
     if json_lines:
         tell("finished", gallery=str(page), outcomes=[vars(outcome) for outcome in outcomes])

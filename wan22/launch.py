@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from subprocess import DEVNULL, Popen, TimeoutExpired
 from types import FrameType
 from typing import IO, Any
@@ -21,6 +22,7 @@ from wan22.config import EIGHT_BIT, Placement, Precision, RequestError
 from wan22.mesh import first_host
 from wan22.watch import RESCUE, Member, News, Watchman
 
+HERE = str(Path(__file__).resolve().parent.parent)  # where this package is, installed or not
 WATCH = "WAN22_WATCH"  # address and token of the watchman, for processes that `--gpus` started
 
 
@@ -123,9 +125,10 @@ def launch(argv: Sequence[str], count: int) -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+    path = os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH"))))
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(port), WATCH: f"127.0.0.1 {watchman.port} {watchman.token}",
-              "OMP_NUM_THREADS": threads}  # fmt: skip
+              "OMP_NUM_THREADS": threads, "PYTHONPATH": path}  # fmt: skip
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
         children: list[Popen[bytes]] = []

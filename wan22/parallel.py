@@ -7,6 +7,7 @@ Legend: B batch, L all tokens, l a rank's own, N all heads, n a rank's own, D he
 the ring axis (mesh.py).
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -25,7 +26,7 @@ from wan22.config import Placement, RequestError, RunError
 from wan22.launch import Team, connect, rendezvous
 from wan22.mesh import Mesh, Shares, shares
 from wan22.model import ContextKV, WanTransformer
-from wan22.watch import Member, Watchman, count_processor_time, tick
+from wan22.watch import Member, Watchman, count_processor_time, first_time, tick
 
 PATIENCE = timedelta(minutes=30)  # for one message; who does not answer is found out by watch.py, and sooner
 OVERLAPPED = {"cuda": 2, "cpu": 1}  # parts of a rank's heads: one is attended to while the next one's are on their way
@@ -158,6 +159,12 @@ class Ranks:
         self, model: WanTransformer, latents: Tensor, timestep: Tensor, context: ContextKV, negative: ContextKV | None
     ) -> tuple[Tensor, Tensor | None]:
         """Both branches, each on its own half of the ranks: as `sampling.evaluate`, and the same on every rank."""
+        with contextlib.nullcontext() if self.counts.passes else first_time():
+            return self._evaluate(model, latents, timestep, context, negative)
+
+    def _evaluate(
+        self, model: WanTransformer, latents: Tensor, timestep: Tensor, context: ContextKV, negative: ContextKV | None
+    ) -> tuple[Tensor, Tensor | None]:
         self.layout = self._alone if negative is None else self._guided
         if negative is None:
             return model(latents, timestep, context), None

@@ -202,8 +202,8 @@ def denoise(
     `on_step` is called after each step. An expert is asked for at its first step and where its adapters or the need
     for guidance change; its prompt keys and values are made then, once; the others' are dropped. `begun` goes on from
     there instead of the noise; `keep` is given what it takes to do so, after each step, and `look` what makes the clean
-    latents that the step was heading for. Where memory runs out, the step
-    is taken again with the experts' next smaller residency, which `warn` is told. Raises RunError where there is none.
+    latents that the step was heading for. Where memory runs out, the step is taken again with the experts' next smaller
+    residency, which `warn` is told. Raises RunError where there is none.
 
     cache: of this run alone; it is emptied where an expert is asked for. What it remembers is large, and is no part of
     the progress: that keeps the latents of the last step that was computed, which is computed again to fill the cache.

@@ -13,7 +13,7 @@ guidance, so they had better be of the same age. The first and last steps of eac
 import functools
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +39,13 @@ class _Branch:
 
 class StepCache:
     """threshold: mean |change of the first block's contribution| ÷ mean |contribution|, below which the rest is not
-    computed; at 0 nothing is ever skipped."""
+    computed; at 0 nothing is ever skipped. agree: these two sums of this process's tokens → those of all that work on
+    the video together, who must decide alike; asked once a step, by all or none of them."""
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
+    def __init__(
+        self, threshold: float, agree: Callable[[list[float]], list[float]] = lambda sums: sums
+    ) -> None:
+        self.threshold, self._agree = threshold, agree
         self.skipped = 0  # steps
         self._model: weakref.ref[WanTransformer] | None = None
         self._branches: dict[int, _Branch] = {}
@@ -73,8 +76,9 @@ class StepCache:
         return not self._skip
 
     def change(self, now: Tensor, before: Tensor) -> float:
-        """Of the first block's contribution, relative. Whoever splits a sequence over GPUs makes them agree here."""
-        return ((now - before).abs().mean() / before.abs().mean()).item()
+        """Of the first block's contribution, relative."""
+        changed, size = self._agree(torch.stack(((now - before).abs().sum(), before.abs().sum())).tolist())
+        return changed / size if size else float("inf")
 
     def _run_blocks(
         self, held: "weakref.ref[WanTransformer]", x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor],

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from wan22.kernels import norm_silu
 
-LAYOUT = {"cuda": torch.channels_last_3d}  # by device; elsewhere contiguous, for which PyTorch has the faster code
+LAYOUT = {"cuda": torch.channels_last_3d}  # by device; elsewhere contiguous: diffusers' own bits, no slower
+FEW, AT_ONCE = 8, 2  # output channels for which cuDNN copies its input (3, of pixels): then so many frames at a time
 KEPT = 2  # frames that a convolution over three needs of those before
 
 
@@ -36,6 +37,9 @@ class Cache:
         return room
 
     def keep(self, module: nn.Module, room: Tensor) -> None:
+        if (kept := self._kept.get(module)) is not None:
+            kept.copy_(room[:, :, -KEPT:])
+            return
         self._kept[module] = room[:, :, -KEPT:].clone(memory_format=layout_of(room))
 
 
@@ -102,6 +106,9 @@ def _convolve(module: Any, x: Tensor, cache: Cache, norm: Any = None) -> Tensor:
         norm_silu(x, norm.gamma.flatten(), room[:, :, KEPT:])
     del x  # where nobody else holds it, its memory is the result's
     cache.keep(module, room)
+    if module.out_channels < FEW:
+        pieces = [room[:, :, start : start + AT_ONCE + KEPT] for start in range(0, room.shape[2] - KEPT, AT_ONCE)]
+        return torch.cat([F.conv3d(piece, weight, bias, padding=(0, side, side)) for piece in pieces], dim=2)
     return laid(F.conv3d(room, weight, bias, padding=(0, side, side)))
 
 

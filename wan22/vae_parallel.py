@@ -6,6 +6,7 @@ with the halo that these see, a tile's pixels are those of the whole, to the rou
 Legend: C latent channels, T H W latent grid, F pixel frames.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from wan22.parallel import Ranks
 from wan22.vae import VideoVAE, steps_of, to_pixels
 from wan22.vae_decoder import Cache
 from wan22.vae_sizes import Grid, cuts, with_halo
-from wan22.watch import tick
+from wan22.watch import first_time, tick
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right; in latents
 
@@ -45,7 +46,8 @@ def decode_together(vae: VideoVAE, latents: Tensor, grid: Grid, ranks: Ranks) ->
         count = 4 * (stop - start) if start else 1
         whole = np.empty((count, scale * height, scale * width, 3), dtype=np.uint8) if ranks.first else None
         for number in range(rounds):
-            own = next(streams[number]).to(vae.mean.device) if number < len(streams) else None
+            with contextlib.nullcontext() if start else first_time():
+                own = next(streams[number]).to(vae.mean.device) if number < len(streams) else None
             present = boxes[number * world : (number + 1) * world]
             pieces = _collect(own, [_shape(box, count, scale) for box in present], world, vae.mean.device)
             if whole is not None:

@@ -87,8 +87,8 @@ def decode_terms(latent_shape: Sequence[int], width: int, grid: Grid, item: int 
         "caches of convolutions": caches + 5 * 2 * middle,
         # A residual block: its input, a convolution's input with the kept frames, and its output. Before: what is
         # doubled in size, of twice the channels, with what it is made from (in float32) and becomes. After: the last
-        # convolution's input, in float32.
-        "last stage": int(last * max(2 + joined, 3 + 2 / item, 1 + joined * 4 / item)),
+        # convolution's input, in float32, and the library's copy of it, of two frames and the two before at a time.
+        "last stage": int(last * max(2 + joined, 3 + 2 / item, 1 + (joined + 4 / at_once) * 4 / item)),
         "frames": 2 * 4 * 3 * at_once * area * 64,
         **({"middle of all frames": middle * frames} if tiled else {}),
     }

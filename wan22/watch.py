@@ -29,6 +29,7 @@ from typing import Any
 BEAT = 1.0
 SILENCE = 12.0
 STANDSTILL = 20.0
+COLD = 6  # times as long, the first time that kernels run
 PROCESSOR_TICK = 2.0  # more than waiting and this watch use before a standstill is one
 RESCUE = 6.0  # for the state to be saved, once all has stopped
 # The best explanation first, and how long to wait for a better one, seconds.
@@ -39,6 +40,7 @@ GRACE = {"failed": 0.3, "died": 0.5, "lost": 1.0, "silent": 0.0, "hangs": 0.0, "
 class _Work:
     ticks = 0
     armed = 0
+    cold = 0
     by_processor = False
 
 
@@ -61,6 +63,16 @@ def ticking() -> Iterator[None]:
         yield
     finally:
         _Work.armed -= 1
+
+
+@contextlib.contextmanager
+def first_time() -> Iterator[None]:
+    """In here kernels may have to be compiled, and a pause of COLD times as long is none."""
+    _Work.cold += 1
+    try:
+        yield
+    finally:
+        _Work.cold -= 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ class Member:
     def _say(self, table: dict[str, Any]) -> None:
         ticks = _Work.ticks + (int(time.process_time() / PROCESSOR_TICK) if _Work.by_processor else 0)
         table |= {"token": self._token, "rank": self.rank, "ticks": ticks, "armed": _Work.armed > 0,
-                  "pid": os.getpid()}  # fmt: skip
+                  "cold": _Work.cold > 0, "pid": os.getpid()}  # fmt: skip
         with self._sending:
             self._socket.sendall(json.dumps(table).encode() + b"\n")
 
@@ -158,6 +170,7 @@ class _Seen:
     heard: float
     ticks: int = 0
     armed: bool = False
+    cold: bool = False
     since: float = 0.0  # when its ticks last changed
     longest: float = 0.0  # pause between changes, while armed
     gone: bool = False
@@ -235,10 +248,11 @@ class Watchman:
             rank, now = int(table["rank"]), time.monotonic()
             seen = self._seen.setdefault(rank, _Seen(now, since=now))
             if table["ticks"] != seen.ticks or not table["armed"]:
-                if seen.armed and table["armed"]:
+                if seen.armed and table["armed"] and not seen.cold:
                     seen.longest = max(seen.longest, now - seen.since)
                 seen.since = now
             seen.heard, seen.ticks, seen.armed, seen.pid = now, table["ticks"], table["armed"], table["pid"]
+            seen.cold = table["cold"]
             seen.gone = seen.gone or "bye" in table
             if "news" in table:
                 self.hear(News(**{**table["news"], "hints": tuple(table["news"]["hints"])}))
@@ -253,6 +267,7 @@ class Watchman:
             if now - seen.heard > SILENCE:
                 self.hear(News("silent", rank, f"rank {rank} does not answer any more (process {seen.pid})"))
         patience = max([STANDSTILL, *(3 * seen.longest for seen in here.values())])
+        patience *= COLD if any(seen.cold for seen in here.values()) else 1
         latest = max((seen.since for seen in self._seen.values()), default=now)  # of those who are done, too
         armed = len(self._seen) == self._count and here and all(seen.armed for seen in here.values())
         if armed and now - latest > patience:

@@ -1,6 +1,6 @@
 """On a GPU: placements in bf16 are bit-identical, each takes the memory that it says, and running out is survived.
 
-    python -m pytest -m gpu -n 0 -s          # under 90 s on an H100
+    python -m pytest -m gpu -s          # under 90 s on an H100
 """
 
 import gc

@@ -111,15 +111,16 @@ def test_values_as_the_kernel_wants_them(forced, device, kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("how", ["together", "apart"])
 @pytest.mark.parametrize("columns", [128, 64])
 @pytest.mark.parametrize(("length", "keys"), [(300, 1000), (128, 64), (65, 129), (256, 384), (1000, 20)])
-def test_hopper(monkeypatch, columns, length, keys):
+def test_hopper(monkeypatch, how, columns, length, keys):
     if not (attention_hopper.GLUON and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
         pytest.skip("no Hopper here")
     q, k, v = outlying(length=max(length, keys), heads=3, batch=2)
     packed = torch.cat((k[:, :keys], v[:, :keys]), dim=2).cuda()
     q, (k, v) = q[:, :length].cuda(), packed.chunk(2, dim=2)
-    monkeypatch.setattr(attention_8bit, "FORM", attention_8bit.Form(keys=columns, hopper=True))
+    monkeypatch.setattr(attention_8bit, "FORM", attention_8bit.Form(keys=columns, hopper=how))
     with torch.inference_mode():
         for _ in range(3):  # what races shows in one of them
             ours = attend_8bit(q, k, v, "bf16")

@@ -57,25 +57,22 @@ for capability in (80, 90):
         source = ASTSource(kernel, signature, constants, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
         print(capability, kernel.__module__, compiled.metadata.shared, len(compiled.asm["cubin"]))
-from wan22.kernels import attention_hopper
-if attention_hopper.GLUON:
+from wan22.kernels import attention_hopper as hopper
+if hopper.GLUON:
     from triton.experimental.gluon._runtime import GluonASTSource
-    kernel, rows = attention_hopper.attend_kernel, attention_hopper.ROWS
-    for columns in (64, 128):
-        constants = {"D": 128, "ROWS": rows, "COLUMNS": columns, "WARPS": attention_hopper.WARPS}
-        kinds = {name: f"tensordesc<{kind}[{height}, 128],{attention_hopper.tile(128, bits)!r}>"
-                 for name, kind, height, bits in (("q", "i8", rows, 8), ("k", "i8", columns, 8),
-                                                  ("v", "bf16", columns, 16))}
-        kinds |= {"out": "*bf16"}
+    FORMS = ((hopper.attend_kernel, {"ROWS": 128, "WARPS": 8}, 8), (hopper.attend_apart_kernel, {"HALF": 64}, 4))
+    for (kernel, constants, warps), columns in ((form, columns) for form in FORMS for columns in (64, 128)):
+        constants = {"D": 128, "COLUMNS": columns, **constants}
+        rows = constants.get("ROWS", 64)
+        kinds = {name: f"tensordesc<{kind}[{height}, 128],{hopper.tile(128, bits)!r}>" for name, kind, height, bits in
+                 (("q", "i8", rows, 8), ("k", "i8", columns, 8), ("v", "bf16", columns, 16))} | {"out": "*bf16"}
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32" if name in POINTERS else "i32")
                      for name in names}
         aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if signature[name].startswith("*")}
         source = GluonASTSource(kernel, signature, constants, aligned)
-        options = {"num_warps": attention_hopper.WARPS}
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        waits = compiled.asm["ptx"].count("wgmma.wait_group.sync.aligned 1")
-        assert waits, "no product is asynchronous"
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        assert compiled.asm["ptx"].count("wgmma.wait_group.sync.aligned 1"), "no product is asynchronous"
         print(90, kernel.__module__, compiled.metadata.shared, len(compiled.asm["cubin"]))
 """
 
@@ -94,4 +91,4 @@ def test_kernels_compile(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert len([line for line in lines if "attention_hopper" not in line]) == 42
-    assert len(lines) - 42 == 2 * attention_hopper.GLUON
+    assert len(lines) - 42 == 4 * attention_hopper.GLUON

@@ -201,3 +201,15 @@ def test_a_tile_a_rank():
     sides = [with_halo(*cut, 160) for cut in cuts(160, 2)]
     print(f"two ranks at 720p decode {max(stop - start for start, stop in sides) / 160:.0%} each")
     assert rank_grid((16, 1, 1, 3), 4) == (1, 3)  # fewer latents than ranks
+
+
+def test_predictions_follow_their_formula():
+    from bench_parallel import predicted_step
+
+    sizes = {"tokens": TOKENS, "dim": 5120, "layers": 40}
+    assert predicted_step(10, 1e30, Mesh(), **sizes) == 20
+    assert predicted_step(10, 1e30, Mesh(2, 1, 4), **sizes) == pytest.approx(2.5)
+    assert predicted_step(10, 1e9, Mesh(2, 1, 1), **sizes) == 10  # one velocity a step is not counted
+    # Two ranks: each sends half of 4 · 37,800 · 5,120 numbers of two bytes a block, half of them unseen.
+    slow = predicted_step(10, 1e11, Mesh(1, 1, 2), **sizes) - 10
+    assert slow == pytest.approx(2 * 40 * 4 * 37_800 * 5120 / 2 * 2 / 1e11 / 2)

@@ -41,19 +41,19 @@ PV = ("bf16", "fp8", "int8")
 @dataclass(frozen=True)
 class Form:
     """How the kernel is cut and launched: queries of a program, keys of a block (and so of a scale of keys, and of INT8
-    probabilities). hopper: attention_hopper's kernel instead, whose other numbers are its own."""
+    probabilities). hopper: attention_hopper's kernel instead, its warpgroups `together` or `apart`."""
 
     queries: int = 128
     keys: int = 128
     warps: int = 8
     stages: int = 3
-    hopper: bool = False
+    hopper: str | None = None
 
 
 # By the shared memory of a multiprocessor: of data-centre cards, and of others. To be tuned on each kind of GPU.
 LARGE = {"bf16": Form(keys=64), "fp8": Form(), "int8": Form()}
 SMALL = {"bf16": Form(keys=64, stages=2), "fp8": Form(keys=64), "int8": Form(keys=64)}
-HOPPER = Form(hopper=True)  # of bf16 values
+HOPPER = Form(hopper="apart")  # of bf16 values
 USE_HOPPER = False  # till it is measured on one
 FORM: Form | None = None  # instead of these, for measurements
 
@@ -195,13 +195,11 @@ def _values(v: Tensor, pv: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def _run(q: Tensor, k: Tensor, v: Tensor, pv: str) -> Tensor:
     (batch, length, heads, dim), keys, form = q.shape, k.shape[1], form_of(pv, q.device)
-    mean, factor = smoothing(q, k)
-    q8, q_scale = _rotate_and_quantize(q, torch.zeros_like(mean), factor, LOG2E / math.sqrt(dim))
-    k8, k_scale = _rotate_and_quantize(k, mean, 1 / factor, 1.0, form.keys)
+    q8, q_scale, k8, k_scale = prepare(q, k, form.keys)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if form.hopper:
         assert pv == "bf16", pv
-        attention_hopper.attend(q8, k8, v.bfloat16(), q_scale, k_scale, out, form.keys)
+        attention_hopper.attend(q8, k8, v.bfloat16(), q_scale, k_scale, out, form.keys, form.hopper == "apart")
         return out
     if pv == "bf16":
         values, v_scale, v_mean = _values(v, pv)
@@ -215,6 +213,14 @@ def _run(q: Tensor, k: Tensor, v: Tensor, pv: str) -> Tensor:
         num_stages=form.stages,
     )  # fmt: skip
     return out
+
+
+def prepare(q: Tensor, k: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries and keys smoothed and in INT8, [B, N, L, D]: queries with a scale a token, which has log2 e / √D in it,
+    keys with one for each `block` tokens."""
+    mean, factor = smoothing(q, k)
+    queries = _rotate_and_quantize(q, torch.zeros_like(mean), factor, LOG2E / math.sqrt(q.shape[-1]))
+    return *queries, *_rotate_and_quantize(k, mean, 1 / factor, 1.0, block)
 
 
 def _rotate_and_quantize(

@@ -49,20 +49,26 @@ def tile(dim: int, bits: int) -> Any:
     return gl.NVMMASharedLayout(swizzle_byte_width=min(128, dim * bits // 8), element_bitwidth=bits, rank=2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, out: Tensor, columns: int) -> None:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, out: Tensor, columns: int, apart: bool
+) -> None:
     """q, k [B, N, L, D] int8, q_scale [B, N, L] with log2 e / √D in it, k_scale [B, N, blocks of `columns` keys];
-    v [B, M, N, D] bf16, a view with gaps too → out [B, L, N, D]. D is 128, or 64."""
+    v [B, M, N, D] bf16, a view with gaps too → out [B, L, N, D]. D is 128, or 64. apart: the warpgroups each at its
+    own pace; else in step."""
     (batch, heads, length, dim), keys = q.shape, k.shape[2]
     if v.stride(3) != 1 or v.stride(2) != dim or (batch > 1 and v.stride(0) != keys * v.stride(1)):
         v = v.contiguous()
     flat = v.as_strided((batch * keys, heads * dim), (v.stride(1), 1))
+    kernel: Any = attend_apart_kernel if apart else attend_kernel
+    height = ROWS // 2 if apart else ROWS
+    shape = {"HALF": height, "num_warps": 4} if apart else {"ROWS": height, "WARPS": WARPS, "num_warps": WARPS}
     launch(
-        attend_kernel, (-(-length // ROWS), heads, batch),
+        kernel, (-(-length // ROWS), heads, batch),
         # The launcher looks at the first argument for the device: scales before descriptors.
-        q_scale, k_scale, out, TensorDescriptor.from_tensor(q.view(-1, dim), [ROWS, dim], tile(dim, 8)),
+        q_scale, k_scale, out, TensorDescriptor.from_tensor(q.view(-1, dim), [height, dim], tile(dim, 8)),
         TensorDescriptor.from_tensor(k.view(-1, dim), [columns, dim], tile(dim, 8)),
-        TensorDescriptor.from_tensor(flat, [columns, dim], tile(dim, 16)), length, keys, heads, D=dim, ROWS=ROWS,
-        COLUMNS=columns, WARPS=WARPS, num_warps=WARPS,
+        TensorDescriptor.from_tensor(flat, [columns, dim], tile(dim, 16)), length, keys, heads, D=dim,
+        COLUMNS=columns, **shape,
     )  # fmt: skip
 
 
@@ -179,3 +185,135 @@ def attend_kernel(
     d = gl.arange(0, D, gl.SliceLayout(0, result_layout))
     place = out + ((sample.to(gl.int64) * length + rows)[:, None] * heads + head) * D + d[None, :]
     gl.store(place, sums.to(out.dtype.element_ty), (rows < length)[:, None])
+
+
+@jit
+def _produce(q, k, v, q_tiles, k_tiles, v_tiles, bars, row_q, row_k, row_v, column_v, blocks, HALF: gl.constexpr,
+             COLUMNS: gl.constexpr, D: gl.constexpr):  # fmt: skip
+    """Fetch every tile as soon as both warpgroups are done with what lay in its place."""
+    q_bars, k_full, v_full, k_empty, v_empty = bars
+    for part in gl.static_range(2):
+        _begin_copy(q, row_q + part * HALF, 0, q_bars, part, q_tiles, HALF * D)
+    _begin_copy(k, row_k, 0, k_full, 0, k_tiles, COLUMNS * D)
+    for block in range(blocks):
+        ahead = block + 1
+        if ahead < blocks:
+            mbarrier.wait(k_empty.index(ahead % 2), (ahead // 2 + 1) % 2, pred=ahead >= 2)
+            _begin_copy(k, row_k + ahead * COLUMNS, 0, k_full, ahead % 2, k_tiles, COLUMNS * D)
+        mbarrier.wait(v_empty.index(block % 2), (block // 2 + 1) % 2, pred=block >= 2)
+        _begin_copy(v, row_v + block * COLUMNS, column_v, v_full, block % 2, v_tiles, 2 * COLUMNS * D)
+
+
+@jit
+def _consume(part: gl.constexpr, q_scale, k_scale, out, q_tiles, k_tiles, v_tiles, bars, length, keys, place,
+             HALF: gl.constexpr, COLUMNS: gl.constexpr, D: gl.constexpr):  # fmt: skip
+    """One warpgroup: HALF queries over all keys, in the order of `attend_kernel`."""
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    result_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=result_layout, k_width=2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    out_row_layout: gl.constexpr = gl.SliceLayout(1, result_layout)
+    q_bars, k_full, v_full, k_empty, v_empty = bars
+    first, head, heads, here, sample = place
+    blocks = gl.cdiv(keys, COLUMNS)
+    begin = first + part * HALF
+    rows = begin + gl.arange(0, HALF, row_layout)
+    columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, scores_layout))
+    step = gl.load(q_scale + here * length + rows, rows < length, 0.0)
+    nothing = gl.zeros([HALF, COLUMNS], gl.int32, scores_layout)
+    peak = gl.full([HALF], -1e30, gl.float32, row_layout)
+    total = gl.zeros([HALF], gl.float32, row_layout)
+    sums = gl.zeros([HALF, D], gl.float32, result_layout)
+    queries = q_tiles.index(part)
+
+    mbarrier.wait(q_bars.index(part), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    scores = warpgroup_mma(queries, k_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    numbers = warpgroup_mma_wait(0, deps=[scores]).to(gl.float32)
+    mbarrier.arrive(k_empty.index(0))
+    if blocks == 1:
+        numbers = gl.where((columns < keys)[None, :], numbers, -3e38)
+    p, fade, peak, total = _exponentials(numbers, step * gl.load(k_scale), peak, total)
+    for block in range(blocks - 2):
+        half = gl.convert_layout(p.to(gl.bfloat16), p_layout)
+        mbarrier.wait(k_full.index((block + 1) % 2), (block + 1) // 2 % 2)
+        mbarrier.wait(v_full.index(block % 2), block // 2 % 2)
+        scores = warpgroup_mma(
+            queries, k_tiles.index((block + 1) % 2).permute((1, 0)), nothing, use_acc=False, is_async=True
+        )
+        result = warpgroup_mma(half, v_tiles.index(block % 2), sums, is_async=True)
+        numbers = warpgroup_mma_wait(1, deps=[scores]).to(gl.float32)
+        mbarrier.arrive(k_empty.index((block + 1) % 2))
+        p, fade, peak, total = _exponentials(numbers, step * gl.load(k_scale + block + 1), peak, total)
+        sums = warpgroup_mma_wait(0, deps=[result])
+        mbarrier.arrive(v_empty.index(block % 2))
+        sums = sums * gl.convert_layout(fade, out_row_layout)[:, None]
+    if blocks > 1:
+        last = blocks - 1
+        half = gl.convert_layout(p.to(gl.bfloat16), p_layout)
+        mbarrier.wait(k_full.index(last % 2), last // 2 % 2)
+        mbarrier.wait(v_full.index((last - 1) % 2), (last - 1) // 2 % 2)
+        scores = warpgroup_mma(queries, k_tiles.index(last % 2).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        result = warpgroup_mma(half, v_tiles.index((last - 1) % 2), sums, is_async=True)
+        numbers = warpgroup_mma_wait(1, deps=[scores]).to(gl.float32)
+        numbers = gl.where((last * COLUMNS + columns < keys)[None, :], numbers, -3e38)
+        p, fade, peak, total = _exponentials(numbers, step * gl.load(k_scale + last), peak, total)
+        sums = warpgroup_mma_wait(0, deps=[result])
+        mbarrier.arrive(v_empty.index((last - 1) % 2))
+        sums = sums * gl.convert_layout(fade, out_row_layout)[:, None]
+    mbarrier.wait(v_full.index((blocks - 1) % 2), (blocks - 1) // 2 % 2)
+    half = gl.convert_layout(p.to(gl.bfloat16), p_layout)
+    result = warpgroup_mma(half, v_tiles.index((blocks - 1) % 2), sums, is_async=True)
+    sums = warpgroup_mma_wait(0, deps=[result])
+    sums = sums / gl.convert_layout(total, out_row_layout)[:, None]
+    rows = begin + gl.arange(0, HALF, out_row_layout)
+    d = gl.arange(0, D, gl.SliceLayout(0, result_layout))
+    place = out + ((sample.to(gl.int64) * length + rows)[:, None] * heads + head) * D + d[None, :]
+    gl.store(place, sums.to(out.dtype.element_ty), (rows < length)[:, None])
+
+
+@jit
+def attend_apart_kernel(
+    q_scale, k_scale, out, q, k, v, length, keys, heads,
+    D: gl.constexpr, HALF: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """`attend_kernel` with its two warpgroups apart, each at its own pace, so that one's products fill the time of the
+    other's softmax, and a warp that fetches tiles (FlashAttention-3, section 3.1). They meet at barriers of the tiles
+    alone."""
+    head, sample = gl.program_id(1), gl.program_id(2)
+    here = (sample * heads + head).to(gl.int64)
+    first = gl.program_id(0) * (2 * HALF)
+    blocks = gl.cdiv(keys, COLUMNS)
+    k_scale += here * blocks
+    row_q, row_k = (sample * heads + head) * length + first, (sample * heads + head) * keys
+    row_v, column_v = sample * keys, head * D
+    q_tiles = gl.allocate_shared_memory(gl.int8, [2, HALF, D], q.layout)
+    k_tiles = gl.allocate_shared_memory(gl.int8, [2, COLUMNS, D], k.layout)
+    v_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, COLUMNS, D], v.layout)
+    q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(2):
+        mbarrier.init(q_bars.index(slot), count=1)
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(v_full.index(slot), count=1)
+        mbarrier.init(k_empty.index(slot), count=2)
+        mbarrier.init(v_empty.index(slot), count=2)
+    fence_async_shared()
+    barrier()
+    bars = (q_bars, k_full, v_full, k_empty, v_empty)
+    place = (first, head, heads, here, sample)
+    gl.warp_specialize(
+        [
+            (_consume, (0, q_scale, k_scale, out, q_tiles, k_tiles, v_tiles, bars, length, keys, place, HALF, COLUMNS,
+                         D)),
+            (_consume, (1, q_scale, k_scale, out, q_tiles, k_tiles, v_tiles, bars, length, keys, place, HALF, COLUMNS,
+                         D)),
+            (_produce, (q, k, v, q_tiles, k_tiles, v_tiles, bars, row_q, row_k, row_v, column_v, blocks, HALF, COLUMNS,
+                         D)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
