@@ -150,7 +150,7 @@ def test_several_gpus_on_one_video_are_for_generate(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.toml").write_text("[placement]\ngpus = 2\n")
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    for words, said in ((["--gpus", "2"], "--gpus"), (["--preset", "two.toml"], "gpus is for one video on several GPUs")):
+    for words, said in ((["--gpus", "2"], "--gpus"), (["--preset", "two.toml"], "gpus is for one video on several")):
         assert cli.main(["batch", "prompts.txt", *SMALL, *words]) == 2
         assert said in capsys.readouterr().err
     (tmp_path / "prompts.txt").write_text("a cat --gpus 2\n")

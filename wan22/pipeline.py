@@ -282,9 +282,8 @@ class Pipeline:
         with reporter.phase("denoise"):
             noise = draw_noise(request, self.device)
             reporter.begin_steps(len(steps), begun.done if begun else 0)
-            cache = StepCache(self.precision.step_cache)
-            if self.ranks:
-                cache.change = self.ranks.change  # type: ignore[method-assign]
+            threshold = self.precision.step_cache
+            cache = StepCache(threshold, self.ranks.agree) if self.ranks else StepCache(threshold)
             try:
                 negative = contexts[1] if guided else None
                 with ticking():

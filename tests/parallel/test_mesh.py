@@ -115,7 +115,7 @@ def test_what_does_not_go_with_several_is_told_before_they_start(capsys):
     """By generate, its dry run and plan alike."""
     typed = ["--gpus", "2", "--dit_fsdp", "--dtype", "fp8"]
     for command in (["generate", "--ckpt_dir", str(TINY), "--device", "cpu", "--prompt", "x"], ["plan"]):
-        for words in (typed, typed[:3] + ["--dtype", "int8"]):
+        for words in (typed, [*typed[:3], "--dtype", "int8"]):
             assert cli.main([*command, *words]) == 2
             told = capsys.readouterr()
             assert told.err.startswith(f"error: --dit_fsdp goes with no {words[-1]} weights\nhint: --dtype bf16")
