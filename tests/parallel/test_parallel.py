@@ -246,8 +246,10 @@ def test_the_demo():
     def _demo(rank, world, mesh):
         return whole_run(open_checkpoint(find_checkpoint("demo")), request, make_ranks(rank, world, mesh, 2))[0]
 
-    for mesh in ((2, 1, 1), (1, 1, 2)):
-        assert max((latents - alone).abs().max() for latents in run(2, _demo, mesh)) < 1e-4
+    for mesh in ((2, 1, 1), (1, 1, 2), (1, 1, 3), (2, 2, 1)):
+        largest = max((latents - alone).abs().max().item() for latents in run(Mesh(*mesh).world, _demo, mesh))
+        print(f"{Mesh(*mesh)}: {largest:.1e}")
+        assert largest < 1e-4
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
