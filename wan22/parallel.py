@@ -179,8 +179,8 @@ class Ranks:
 
     def agree(self, sums: list[float]) -> list[float]:
         """Of a `StepCache`: sums over a rank's tokens → those over all tokens of the first branch, on every rank."""
-        other_branch = self.layout is self._guided and self.branch
-        totals = torch.zeros(len(sums), dtype=torch.float64) if other_branch else torch.tensor(sums, dtype=torch.float64)
+        counts = self.layout is not self._guided or self.branch == 0
+        totals = torch.tensor(sums, dtype=torch.float64) * counts
         tick()
         dist.all_reduce(totals, group=self._plain)
         return totals.tolist()
