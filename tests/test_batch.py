@@ -145,6 +145,19 @@ def test_a_torn_journal(tmp_path):
     assert journal.duration(11_220) == "3 h 07 min"
 
 
+def test_several_gpus_on_one_video_are_for_generate(tmp_path, monkeypatch, capsys):
+    """A batch says so, wherever it is asked for them: as a flag, by a preset, in a line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.toml").write_text("[placement]\ngpus = 2\n")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    for words, said in ((["--gpus", "2"], "--gpus"), (["--preset", "two.toml"], "gpus is for one video on several")):
+        assert cli.main(["batch", "prompts.txt", *SMALL, *words]) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text("a cat --gpus 2\n")
+    _, bad = read(tmp_path / "prompts.txt")
+    assert "each GPU makes videos of its own" in bad[0].error
+
+
 # --- whole batches ---------------------------------------------------------------------------------------------------
 def jobs_of(path, *words):
     flags = given(*SMALL, *words)

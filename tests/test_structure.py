@@ -19,7 +19,7 @@ FLOORS = [
     {"pipeline", "convert", "download", "prompt_extend", "gallery"},
     {"preview", "vae_parallel"},
     {"plan", "text_encoder", "sampling", "vae", "video", "contents", "random_weights", "rivals",
-      "prompt_cache"},
+     "prompt_cache"},
     {"sizes"},
     {"experts", "state", "step_cache", "sheet"},
     {"streaming", "record", "vae_decoder", "sharding"},

@@ -217,7 +217,7 @@ def generate(
     request = make_request(settings)
     precise, placement = read_precision(flags, base), read_placement(flags, base)
     encoding = read_encoding(flags, base)
-    launching.refuse_lonely(placement, team)
+    launching.refuse_lonely(placement, precise, team)
     extension = read_extension(flags)
     if output and team.rank == 0:
         check_output(output, overwrite, sidecar, encoding)
@@ -379,7 +379,7 @@ def plan(
         sizes = planning.Sizes.of(open_checkpoint(find_checkpoint(model, ckpt_dir)))
     gpu, host = planning.rooms(gpu_memory, host_memory)
     placement = Placement(offload=offload, text_encoder="cpu" if t5_cpu else "auto", gpus=gpus, dit_fsdp=dit_fsdp)
-    launching.refuse_lonely(placement, launching.Team())
+    launching.refuse_lonely(placement, precise, launching.Team())
     mesh, shares = planning.spread(request, placement, sizes)
     made = planning.make_plan(request, precise, placement, sizes, gpu, host, shares=shares)
     if mesh.world > 1 and not json_lines:
@@ -405,6 +405,7 @@ def decode(
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
 ) -> None:
     """Make the video of latents that a run has kept."""
+    launching.refuse_torchrun(os.environ, "decode is for one process alone", "without torchrun")
     flags = dict(locals())
     record = read_any_record(latents)
     if output:

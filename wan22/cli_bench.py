@@ -3,12 +3,14 @@
 import functools
 import inspect
 import json
+import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from wan22.config import RequestError
+from wan22.launch import refuse_torchrun
 from wan22.options import (
     Base,
     make_request,
@@ -60,6 +62,8 @@ def bench(
     **flags: Any,
 ) -> None:
     """Measure one forward beside the floor that this device sets; random weights of the published size by default."""
+    refuse_torchrun(os.environ, "bench measures one GPU, and is not for torchrun",
+                    "several GPUs: torchrun … scripts/bench_parallel.py")  # fmt: skip
     base = Base({}, {}, {})
     request = make_request(read_request(flags | {"prompt": "x"}, base))
     # One expert at work, as in any run; both are for runs that cross the boundary.

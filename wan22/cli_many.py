@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan22.config import DEFAULT_TASK, RequestError
+from wan22.config import DEFAULT_TASK, Placement, RequestError
+from wan22.launch import refuse_torchrun
 from wan22.options import normalize, read_base, read_checkpoint, read_encoding, read_placement, with_options_of
 from wan22.video import check_writable
 
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from wan22.batch import Engine
     from wan22.batch_worker import Work
 
+TOGETHER = ("gpus", "ulysses_size", "ring_size", "dit_fsdp", "t5_fsdp")  # several GPUs on one video
+APART = "each GPU makes videos of its own"
 # For the whole batch, or for one video alone.
 NOT_IN_BATCH = (
     "prompt", "output", "overwrite", "from_file", "json_lines", "dry_run", "sidecar", "use_prompt_extend",
     "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang", "prompt_extend_url",
-    "prompt_extend_fallback", "gpus", "ulysses_size", "ring_size", "dit_fsdp", "t5_fsdp",
+    "prompt_extend_fallback", *TOGETHER,
 )  # fmt: skip
 OF_A_LINE = (
     "prompt", "negative_prompt", "size", "frames", "fps", "steps", "shift", "solver", "guidance", "guidance_low",
@@ -42,8 +45,7 @@ def add_to(app: typer.Typer, generate: Callable[..., None]) -> None:
     @with_options_of(generate, without=NOT_IN_BATCH)
     @functools.wraps(batch)
     def checked(**flags: Any) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise RequestError("a batch is not for torchrun: each GPU makes videos of its own", hint="--workers N")
+        refuse_torchrun(os.environ, f"a batch is not for torchrun: {APART}", "--workers N")
         batch(**flags)
 
     for command in (status, sheet, gallery):
@@ -111,6 +113,10 @@ def batch(
 def start_engine(engine: str, address: str | None, gpus: int | None, workers: int | None, work: "Work") -> "Engine":
     """What makes the videos. Raises RequestError."""
     placement = read_placement(work.flags, work.base)
+    for name in TOGETHER:  # which only a preset can bring
+        if getattr(placement, name) != getattr(Placement, name):
+            raise RequestError(f"--preset: {name} is for one video on several GPUs; {APART} in a batch",
+                               hint="--workers N")  # fmt: skip
     if engine == "ray":
         from wan22.batch_ray import RayEngine
 
@@ -131,7 +137,9 @@ def parse_line(app: Any, words: list[str]) -> dict[str, Any]:
     context = command.make_context("generate", normalize(words)[0], help_option_names=[])
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
     if wrong := sorted(given - set(OF_A_LINE)):
-        raise RequestError(f"--{wrong[0].replace('_', '-')} is for the whole batch")
+        one_video = f"for one video on several GPUs; {APART} in a batch"
+        why = one_video if wrong[0] in TOGETHER else "for the whole batch"
+        raise RequestError(f"--{wrong[0].replace('_', '-')} is {why}")
     return {name: context.params[name] for name in given}
 
 

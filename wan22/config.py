@@ -354,7 +354,7 @@ class Precision(_Settings):
 
 
 OFFLOADS = ("none", "expert", "block", "disk")  # from most to least memory
-GPU_RESERVE = 5 << 28  # bytes: the CUDA context, libraries' workspaces; 1.2 GiB were measured (docs/memory.md)
+GPU_RESERVE = 5 << 28  # bytes: the CUDA context, libraries' workspaces; 1.2 GiB measured on an H100 (docs/memory.md)
 CHUNK_TOKENS = 8192  # of the feed-forward; a matrix product of this height fills any GPU
 
 

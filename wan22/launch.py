@@ -18,7 +18,7 @@ from subprocess import DEVNULL, Popen, TimeoutExpired
 from types import FrameType
 from typing import IO, Any
 
-from wan22.config import Placement, RequestError
+from wan22.config import EIGHT_BIT, Placement, Precision, RequestError
 from wan22.mesh import first_host
 from wan22.watch import RESCUE, Member, News, Watchman
 
@@ -61,7 +61,7 @@ def team_of(environment: Mapping[str, str]) -> Team:
     return Team()
 
 
-def refuse_lonely(placement: Placement, team: Team) -> None:
+def refuse_lonely(placement: Placement, precision: Precision, team: Team) -> None:
     """What several processes are asked for and one cannot do, and what several cannot. Raises RequestError."""
     world = placement.gpus or team.world
     if team.world > 1 and world != team.world:
@@ -81,6 +81,21 @@ def refuse_lonely(placement: Placement, team: Team) -> None:
     if ":" in placement.device:
         raise RequestError(f"--device {placement.device}: there are {world} processes, each with its own GPU",
                            hint="choose cards: CUDA_VISIBLE_DEVICES=0,1")  # fmt: skip
+    if placement.dit_fsdp:
+        refuse_sharded(precision)
+
+
+def refuse_sharded(precision: Precision) -> None:
+    """Weights of which no rank can keep a part. Raises RequestError."""
+    if precision.weights in EIGHT_BIT:  # PyTorch's sharding would have to be taught their scales
+        raise RequestError(f"--dit_fsdp goes with no {precision.weights} weights",
+                           hint="--dtype bf16, or whole experts: without --dit_fsdp")  # fmt: skip
+
+
+def refuse_torchrun(environment: Mapping[str, str], said: str, hint: str) -> None:
+    """What each of the processes that torchrun starts would do alone, and the same. Raises RequestError."""
+    if "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1":
+        raise RequestError(said, hint=hint)
 
 
 def rendezvous(environment: Mapping[str, str], team: Team) -> dict[str, str]:

@@ -177,14 +177,13 @@ class Ranks:
         self.counts.bytes_sent += own.nbytes
         return both[0], both[1]
 
-    def change(self, now: Tensor, before: Tensor) -> float:
-        """`StepCache.change` of all tokens of the first branch, the same number on every rank."""
-        sums = torch.stack([(now - before).abs().sum(), before.abs().sum()]).double()
-        if self.layout is self._guided and self.branch:
-            sums.zero_()
+    def agree(self, sums: list[float]) -> list[float]:
+        """Of a `StepCache`: sums over a rank's tokens → those over all tokens of the first branch, on every rank."""
+        counts = self.layout is not self._guided or self.branch == 0
+        totals = torch.tensor(sums, dtype=torch.float64) * counts
         tick()
-        dist.all_reduce(sums)
-        return (sums[0] / sums[1]).item()
+        dist.all_reduce(totals, group=self._plain)
+        return totals.tolist()
 
     def _own(self, x: Tensor, dim: int) -> Tensor:
         """The part of a whole sequence that is this rank's."""

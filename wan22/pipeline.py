@@ -33,12 +33,14 @@ from wan22.config import (
     load_preset,
 )
 from wan22.experts import Experts
+from wan22.launch import refuse_sharded
 from wan22.load import DTYPES, eight_bit_of
 from wan22.lora import Adapters
 from wan22.memory import limit_gpu_memory
+from wan22.mesh import Shares
 from wan22.names import default_output
 from wan22.parallel import Ranks
-from wan22.plan import HOST_BASE, Plan, Sizes, pick_tiles, require, require_any
+from wan22.plan import COMMUNICATORS, HOST_BASE, Plan, Sizes, pick_tiles, require, require_any
 from wan22.preview import Preview
 from wan22.prompt_cache import Encoded, cache_for
 from wan22.report import Reporter
@@ -85,9 +87,8 @@ class Pipeline:
         self.checkpoint, self.placement, self.encoding, self.ranks = checkpoint, placement, encoding, ranks
         self.device = ranks.device if ranks else _device(placement.device)
         self.precision = resolve_precision(precision, self.device)
-        if ranks and ranks.shard_experts and self.precision.scope:
-            raise RequestError(f"--dit_fsdp goes with no {self.precision.weights} weights",
-                               hint="--dtype bf16, or whole experts: without --dit_fsdp")  # fmt: skip
+        if ranks and ranks.shard_experts:
+            refuse_sharded(self.precision)
         self.dtype = DTYPES[self.precision.weights]
         check_text_encoder(checkpoint)
         check_vae(checkpoint)
@@ -281,9 +282,8 @@ class Pipeline:
         with reporter.phase("denoise"):
             noise = draw_noise(request, self.device)
             reporter.begin_steps(len(steps), begun.done if begun else 0)
-            cache = StepCache(self.precision.step_cache)
-            if self.ranks:
-                cache.change = self.ranks.change  # type: ignore[method-assign]
+            threshold = self.precision.step_cache
+            cache = StepCache(threshold, self.ranks.agree) if self.ranks else StepCache(threshold)
             try:
                 negative = contexts[1] if guided else None
                 with ticking():
@@ -312,10 +312,12 @@ class Pipeline:
     def _room_beside_text(self, plan: Plan) -> bool:
         """Whether an expert may come while the text encoder is still there."""
         assert plan.chosen
-        needs = plan.chosen.peak("text") + self.sizes.at(self.precision).expert_bytes(self.dtype.itemsize)
+        shares = self.ranks.shares() if self.ranks else Shares()
+        expert = self.sizes.at(self.precision).expert_bytes(self.dtype.itemsize)
+        needs = plan.chosen.peak("text") + -(-expert // shares.shards)
         if plan.gpu:
-            return needs + GPU_RESERVE <= plan.gpu_free
-        return needs + HOST_BASE["cpu"] <= plan.host.free
+            return needs + GPU_RESERVE + (shares.world > 1) * COMMUNICATORS <= plan.gpu_free
+        return shares.processes * (needs + HOST_BASE["cpu"]) <= plan.host.free
 
     def encode(self, prompts: list[str], reporter: Reporter, mode: str = "device") -> list[Tensor]:
         """Prompts → contexts, each [M, text_dim], on the CPU. The encoder leaves the device again.

@@ -89,7 +89,6 @@ class Plan:
         return min(self.gpu.free, self.gpu_limit or self.gpu.free) if self.gpu else 0
 
 
-
 def make_plan(
     request: Request, precision: Precision, placement: Placement, sizes: Sizes, gpu: Room | None, host: Room,
     fused: bool | None = None, shares: Shares = Shares(),  # noqa: B008 (frozen)
@@ -108,7 +107,9 @@ def make_plan(
         residual = moments["norm"]["residual"]
         moments["embedding"] = {"all tokens": 4 * tokens_of(request) * sizes.dim, "residual": residual}
     moment = max(moments, key=lambda name: total(moments[name]))
-    lasting = lasting_terms(request, sizes, item) | cache_terms(request, sizes, precision)
+    lasting = lasting_terms(request, sizes, item) | cache_terms(
+        request, sizes, precision, shares.sequence, shares.world // shares.sequence
+    )
     activations = lasting | {f"{moment}: {name}": n for name, n in moments[moment].items()}
     if shares.world > 1 and gpu:
         activations["communicators"] = COMMUNICATORS

@@ -210,7 +210,9 @@ def denoise(
     """
     cache = cache or StepCache(0)
     try:
-        return _denoise(request, experts, noise, context, negative_context, on_step, begun, keep, warn, cache, look)
+        return _denoise(
+            request, experts, noise, context, negative_context, on_step, begun, keep, warn, cache, look, evaluate
+        )
     finally:
         cache.detach()
 
@@ -218,7 +220,7 @@ def denoise(
 def _denoise(
     request: Request, experts: Experts, noise: Tensor, context: Tensor, negative_context: Tensor | None,
     on_step: Callable[[Step], None], begun: Progress | None, keep: Callable[[Progress], None],
-    warn: Callable[[str], None], cache: StepCache, look: Callable[[Callable[[], Tensor]], None],
+    warn: Callable[[str], None], cache: StepCache, look: Callable[[Callable[[], Tensor]], None], evaluate: Evaluate,
 ) -> Tensor:  # fmt: skip
     solver, latents = make_solver(request), noise
     computed: tuple[int, Tensor] | None = None  # the last step that was not skipped, and its latents

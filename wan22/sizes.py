@@ -158,12 +158,15 @@ def lasting_terms(request: Request, sizes: Sizes, item: int) -> Terms:
     }
 
 
-def cache_terms(request: Request, sizes: Sizes, precision: Precision) -> Terms:
-    """Of the step cache: what each branch keeps, and the residual stream after the first block."""
+def cache_terms(
+    request: Request, sizes: Sizes, precision: Precision, sequence: int = 1, guidance: int = 1
+) -> Terms:
+    """Of the step cache: what each branch keeps, and the residual stream after the first block. sequence, guidance:
+    ranks that share the tokens, and the branches."""
     if not precision.step_cache:
         return {}
-    numbers = tokens_of(request) * sizes.dim
-    return {"step cache": numbers * (_branches(request) * ITEM[precision.weights] + 4)}
+    numbers = -(-tokens_of(request) // sequence) * sizes.dim
+    return {"step cache": numbers * (-(-_branches(request) // guidance) * ITEM[precision.weights] + 4)}
 
 
 def _branches(request: Request) -> int:

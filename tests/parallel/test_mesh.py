@@ -3,12 +3,15 @@
 import dataclasses
 
 import pytest
+from conftest import TINY
 
-from wan22.config import Placement, Precision, Request, RequestError
+from wan22 import cli
+from wan22.config import DoesNotFit, Placement, Precision, Request, RequestError
 from wan22.launch import Team, refuse_lonely, rendezvous, team_of
 from wan22.machine import Room
 from wan22.mesh import Mesh, Shares, choose_mesh, first_host, shares
 from wan22.plan import Sizes, make_plan, require_any
+from wan22.sizes import cache_terms
 from wan22.vae_sizes import cuts, rank_grid, with_halo
 
 TOKENS = 75600  # 720p
@@ -103,9 +106,35 @@ def test_a_wrong_environment_is_told(wrong):
 ])  # fmt: skip
 def test_flags_that_contradict_each_other(placement, world, said):
     with pytest.raises(RequestError, match=said):
-        refuse_lonely(placement, Team(0, world, 0, world))
+        refuse_lonely(placement, Precision(), Team(0, world, 0, world))
     with pytest.raises(RequestError, match="contradict"):
         Placement(text_encoder="cpu", t5_fsdp=True)
+
+
+def test_what_does_not_go_with_several_is_told_before_they_start(capsys):
+    """By generate, its dry run and plan alike."""
+    typed = ["--gpus", "2", "--dit_fsdp", "--dtype", "fp8"]
+    for command in (["generate", "--ckpt_dir", str(TINY), "--device", "cpu", "--prompt", "x"], ["plan"]):
+        for words in (typed, [*typed[:3], "--dtype", "int8"]):
+            assert cli.main([*command, *words]) == 2
+            told = capsys.readouterr()
+            assert told.err.startswith(f"error: --dit_fsdp goes with no {words[-1]} weights\nhint: --dtype bf16")
+            assert told.out == ""
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["bench", "--layers", "1"], "bench measures one GPU"), (["decode", "x.latents.safetensors"], "for one process"),
+    (["batch", "prompts.txt"], "each GPU makes videos of its own"),
+])  # fmt: skip
+def test_commands_that_torchrun_is_not_for(words, said, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(words) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert (said in told.err) == (rank == "0")  # told once
+        assert told.err.count("error: ") == (rank == "0")
 
 
 # --- what each needs -------------------------------------------------------------------------------------------------
@@ -142,6 +171,26 @@ def test_experts_are_sharded_where_they_do_not_fit_whole():
         assert require_any(request, Precision("bf16"), Placement(), sizes, room, host, eight)[1] is wanted
     asked = dataclasses.replace(eight, shards=8)
     assert require_any(request, Precision("bf16"), Placement(), sizes, Room(80 * GIB, 80 * GIB), host, asked)[1] is True
+
+
+def test_a_step_cache_is_shared_out():
+    """Tokens along the sequence, branches along the guidance axis."""
+    request, precision, sizes = Request("x"), Precision("bf16", step_cache=0.1), Sizes.published()
+    numbers = 75600 * 5120
+    assert cache_terms(request, sizes, precision) == {"step cache": numbers * (2 * 2 + 4)}
+    assert cache_terms(request, sizes, precision, 4) == {"step cache": numbers // 4 * (2 * 2 + 4)}
+    assert cache_terms(request, sizes, precision, 1, 2) == {"step cache": numbers * (2 + 4)}
+    room = Room(200 * GIB, 200 * GIB)
+    plans = [make_plan(request, one, Placement(), sizes, room, room, shares=Shares(4, 2, 1, 1, 4))
+             for one in (precision, Precision("bf16"))]  # fmt: skip
+    peaks = [plan.options[1].peak("denoise") for plan in plans]
+    assert peaks[0] - peaks[1] == numbers // 2 * (2 + 4)
+
+
+def test_8_bits_are_not_sharded_where_they_do_not_fit():
+    gpu, host = Room(12 * GIB, 12 * GIB), Room(900 * GIB, 900 * GIB)
+    with pytest.raises(DoesNotFit):
+        require_any(Request("x"), Precision("fp8"), Placement(), Sizes.published(), gpu, host, Shares(8, 4, 1, 1, 8))
 
 
 def test_a_tile_a_rank():
