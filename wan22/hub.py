@@ -18,9 +18,9 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.file_download import get_hf_file_metadata
 from huggingface_hub.utils import XetFileData, build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
-from .config import RequestError, RunError, WanError
-from .target import GOING_ON
-from .verify import KnownFile, safe_path
+from wan22.config import RequestError, RunError, WanError
+from wan22.target import GOING_ON
+from wan22.verify import KnownFile, safe_path
 
 try:
     import hf_xet

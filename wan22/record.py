@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .config import RequestError
+from wan22.config import RequestError
 
 RECORD_NAME = "record.json"  # in a folder of frames
 _LONGEST = 16 << 20  # bytes; a record is some kilobytes

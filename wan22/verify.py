@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
-from .config import RequestError, configs_dir
+from wan22.config import RequestError, configs_dir
 
 PUBLISHED = "Wan-AI/Wan2.2-T2V-A14B"
 STATE_DIR = ".wan22"
