@@ -28,9 +28,9 @@ STEP = 20.0  # seconds of a step at the published size, about, on a card of toda
 def batch_beside_loop(options: argparse.Namespace) -> None:
     """Print a row for each, and the ratios."""
     from wan22 import batch, cli, cli_many
-    from wan22.batch_local import LocalEngine, count_workers
-    from wan22.batch_worker import Work
-    from wan22.items import read_items
+    from wan22.many.items import read_items
+    from wan22.many.local import LocalEngine, count_workers
+    from wan22.many.worker import Work
     from wan22.options import normalize, read_base, read_checkpoint, read_placement
     from wan22.pipeline import Pipeline
     from wan22.report import Reporter
@@ -96,8 +96,8 @@ def saving(options: argparse.Namespace) -> None:
     """Print what a saving at the published size costs the run, and takes."""
     import torch
 
-    from wan22 import claim
     from wan22.config import Request
+    from wan22.many import claim
     from wan22.state import Progress, RunState
 
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -31,7 +31,7 @@ from types import SimpleNamespace
 from typing import Any
 
 WAYS = ("plain read", "wan22", "diffusers", "load_file, cast")
-BUFFER, READERS = 4 << 20, 4  # as in wan22/reading.py
+BUFFER, READERS = 4 << 20, 4  # as in wan22/files/reading.py
 GIB = 1 << 30
 
 
@@ -59,7 +59,7 @@ def write_diffusers(published: Path, folder: Path) -> None:
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     from wan22.checkpoint import INDEX
-    from wan22.tensor_files import read_header
+    from wan22.files.tensor_files import read_header
 
     names: dict[str, str] = {}
     for shard in sorted(published.glob("*.safetensors")):

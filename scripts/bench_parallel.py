@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from wan22.config import Request, configs_dir
-from wan22.launch import Team, team_of
-from wan22.mesh import Mesh
+from wan22.several.launch import Team, team_of
+from wan22.several.mesh import Mesh
 
 GIB = 1 << 30
 MODES = {  # guidance and Ulysses ranks of n, parts of a rank's heads, sharded
@@ -102,10 +102,10 @@ class Bench:
     def model(self, mesh: Mesh, overlapped: int, sharded: bool) -> tuple[Any, Any]:
         """A model and what evaluates it; its weights are this rank's only ones."""
         from wan22.load import assemble, room_for
-        from wan22.memory import memory_of
         from wan22.model import WanTransformer
         from wan22.parallel import Ranks
-        from wan22.sharding import shard_expert
+        from wan22.residency.memory import memory_of
+        from wan22.several.sharding import shard_expert
 
         with torch.device("meta"):
             model = WanTransformer(self.config, self.dtype)

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from wan22 import vae_decoder
-from wan22.clock import Clock
 from wan22.config import parse_size
-from wan22.part_shapes import vae_shapes
-from wan22.random_weights import RandomTensors, random_checkpoint
+from wan22.files.part_shapes import vae_shapes
+from wan22.measuring.clock import Clock
+from wan22.measuring.random_weights import RandomTensors, random_checkpoint
 from wan22.vae import VideoVAE, to_uint8
 
 LAYOUTS = {"channels last": torch.channels_last_3d, "contiguous": torch.contiguous_format}

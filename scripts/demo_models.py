@@ -18,8 +18,8 @@ from demo_training import CLASSES, ROOT, SPEC, TRAINED_LEN, Size, autocast, say,
 from demo_vae import WholeSequence, build_vae, published_statistics, trained_vae
 from torch import Tensor, nn
 
+from wan22.files.tensor_names import text_encoder_name
 from wan22.model import TransformerConfig, WanTransformer
-from wan22.tensor_names import text_encoder_name
 
 EXPERT: dict[str, Any] = {"dim": 192, "ffn_dim": 640, "num_heads": 6, "num_layers": 6, "freq_dim": 256, "text_dim": 128}
 

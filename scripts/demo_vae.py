@@ -30,7 +30,7 @@ from demo_training import (
 )
 from torch import Tensor, nn
 
-from wan22.tensor_names import vae_name
+from wan22.files.tensor_names import vae_name
 
 VAE: dict[str, Any] = {
     "base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],

@@ -79,7 +79,7 @@ class Trouble(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        from wan22 import journal
+        from wan22.many import journal
 
         every = max(1, self.options.items // (self.options.kills + 1))
         next_kill, half = every, self.options.items // 2

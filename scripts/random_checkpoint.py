@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from wan22.checkpoint import INDEX, TEXT_ENCODER_STEM, TOKENIZER, VAE_STEM
 from wan22.config import configs_dir, data_dir
+from wan22.files.tensor_names import text_encoder_name, vae_name
 from wan22.model import TransformerConfig, WanTransformer
-from wan22.tensor_names import text_encoder_name, vae_name
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 Shapes = Mapping[str, tuple[int, ...]]
@@ -90,7 +90,7 @@ def vae_shapes(demo_vae: Path, width: int = 96) -> Shapes:
     """The published VAE's shapes: those of the demo's, which has the same structure, at another width."""
     from diffusers import AutoencoderKLWan
 
-    from wan22.tensor_files import Safetensors
+    from wan22.files.tensor_files import Safetensors
 
     with torch.device("meta"):
         wanted = AutoencoderKLWan(base_dim=width).state_dict()  # type: ignore[attr-defined]

@@ -46,7 +46,7 @@ from demo_training import (
 )
 from torch import Tensor, nn
 
-from wan22.tensor_names import TEXT_ENCODER_FROM_TRANSFORMERS, published_vae_name, rename
+from wan22.files.tensor_names import TEXT_ENCODER_FROM_TRANSFORMERS, published_vae_name, rename
 
 PARTS = ("words", "high", "low")
 VOCABULARY = 1400

@@ -89,7 +89,7 @@ def diffusers_expert(table: dict[str, torch.Tensor]):
 def transformers_text_encoder():
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from wan22.tensor_names import text_encoder_name
+    from wan22.files.tensor_names import text_encoder_name
 
     table = text_encoder()
     vocab, width = table["token_embedding.weight"].shape
@@ -216,7 +216,7 @@ def random_blocks(random, qtype, shape, deviation):
 
 def llama_cpp_name(published: str) -> str:
     """As llama.cpp's converter names a T5 encoder's tensors (from transformers' names, by the package's own map)."""
-    from wan22.tensor_names import text_encoder_name
+    from wan22.files.tensor_names import text_encoder_name
 
     blocks = gguf.TensorNameMap(gguf.MODEL_ARCH.T5ENCODER, 24)
     name = blocks.get_name(text_encoder_name(published), try_suffixes=(".weight",))

@@ -27,8 +27,8 @@ def elsewhere(tmp_path, monkeypatch):
     def read(*args):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("wan22.tensor_files.Safetensors.read", read)
-    monkeypatch.setattr("wan22.tensor_files.Pickle.read", read)
+    monkeypatch.setattr("wan22.files.tensor_files.Safetensors.read", read)
+    monkeypatch.setattr("wan22.files.tensor_files.Pickle.read", read)
     return folder
 
 

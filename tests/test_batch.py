@@ -16,13 +16,14 @@ import pytest
 import yaml
 from conftest import ROOT, TINY
 
-from wan22 import batch, cli, cli_many, journal
-from wan22.batch_local import LocalEngine
-from wan22.batch_worker import Work
+from wan22 import batch, cli, cli_many
 from wan22.config import Request, RequestError
-from wan22.items import parse_seeds, read_items, split_line
+from wan22.many import journal
+from wan22.many.items import parse_seeds, read_items, split_line
+from wan22.many.local import LocalEngine
+from wan22.many.worker import Work
 from wan22.options import Base
-from wan22.record import read_record
+from wan22.output.record import read_record
 
 BASE = Base({}, {}, {})
 PARSE = functools.partial(cli_many.parse_line, cli.typer.main.get_command(cli.app))

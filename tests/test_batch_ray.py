@@ -16,8 +16,10 @@ import pytest
 from conftest import ROOT, TINY
 
 import wan22
-from wan22 import batch_ray, cli, journal
-from wan22.batch_worker import Work
+from wan22 import cli
+from wan22.many import journal
+from wan22.many import ray_cluster as batch_ray
+from wan22.many.worker import Work
 from wan22.options import Base
 
 ray = pytest.importorskip("ray")

@@ -6,12 +6,13 @@ import pytest
 import torch
 from conftest import TINY
 
-from wan22 import bench, cli, rivals, work
+from wan22 import bench, cli
 from wan22.attention import attend
 from wan22.config import Placement, Precision, Request, RequestError
+from wan22.files.part_shapes import text_encoder_shapes
+from wan22.measuring import rivals, work
+from wan22.measuring.random_weights import RandomTensors, random_checkpoint
 from wan22.model import TransformerConfig
-from wan22.part_shapes import text_encoder_shapes
-from wan22.random_weights import RandomTensors, random_checkpoint
 from wan22.sizes import Sizes
 
 CPU = torch.device("cpu")
@@ -195,7 +196,7 @@ def test_rows_that_are_none(run, rows):
 
 
 def test_both_experts_work_in_the_two_steps():
-    from wan22.bench_memory import SHIFT, STEPS
+    from wan22.measuring.memory_rows import SHIFT, STEPS
     from wan22.sampling import plan_steps
 
     assert [step.expert for step in plan_steps(Request("x", num_steps=STEPS, shift=SHIFT))] == [

@@ -23,8 +23,8 @@ from wan22 import convert as module
 from wan22.checkpoint import Parts, open_checkpoint
 from wan22.cli import main
 from wan22.config import DoesNotFit, RequestError
-from wan22.contents import describe
 from wan22.convert import convert
+from wan22.files.contents import describe
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from wan22.checkpoint import EXPERTS, INDEX, open_checkpoint, open_piece
 from wan22.config import RequestError
-from wan22.contents import describe
-from wan22.layouts import EXPERT, find_tensors, publish
+from wan22.files.contents import describe
+from wan22.files.layouts import EXPERT, find_tensors, publish
 from wan22.lora import open_adapter
 
 TIMES = 60  # a file; more by hand

@@ -19,11 +19,11 @@ from conftest import ROOT
 from hub import API, COMMIT, GOOD_TOKEN, FakeHub, Fault
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 
-from wan22 import verify
 from wan22.config import DoesNotFit, RequestError, RunError
 from wan22.download import SHORT_NAMES, check, download
-from wan22.hub import Patience
-from wan22.verify import KnownFile
+from wan22.network import verify
+from wan22.network.hub import Patience
+from wan22.network.verify import KnownFile
 
 QUICK = Patience(tries=3, wait_s=0.01, stall_s=0.5)
 REPO = "owner/name"

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan22 import cli, journal
+from wan22 import cli
 from wan22.config import Request
-from wan22.gallery import again, write_gallery
+from wan22.many import journal
+from wan22.many.gallery import again, write_gallery
 from wan22.video import open_output
 
 HOSTILE = "</pre><script>document.title='owned'</script><img src=x onerror=alert(1)> \"&amp;' --seed `id` 红球 '; rm ~"

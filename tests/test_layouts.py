@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from wan22.checkpoint import Parts, open_checkpoint
 from wan22.cli import main
 from wan22.config import Precision, Request, RequestError
-from wan22.gguf_files import Gguf
-from wan22.layouts import layout_of
+from wan22.files.gguf_files import Gguf
+from wan22.files.layouts import layout_of
+from wan22.files.tensor_names import published_vae_name, vae_name
 from wan22.pipeline import Pipeline
 from wan22.report import Reporter
-from wan22.tensor_names import published_vae_name, vae_name
 
 HIGH, LOW = made.EXPERTS
 # One step an expert: 999 and 923 at shift 12, the boundary between them.
@@ -339,8 +339,8 @@ def _no_reading(request, monkeypatch):
         def read(*args):
             raise AssertionError("a weight was read")
 
-        monkeypatch.setattr("wan22.tensor_files.FileTensors.read", read)
-        monkeypatch.setattr("wan22.tensor_files.Pickle.read", read)
+        monkeypatch.setattr("wan22.files.tensor_files.FileTensors.read", read)
+        monkeypatch.setattr("wan22.files.tensor_files.Pickle.read", read)
 
 
 def refused(capsys, words, *expected):
@@ -712,8 +712,8 @@ def test_parts_have_the_shapes_that_the_libraries_give_them():
     from diffusers import AutoencoderKLWan
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from wan22.part_shapes import text_encoder_shapes, text_encoder_sizes, vae_shapes
-    from wan22.tensor_names import published_vae_name, text_encoder_name
+    from wan22.files.part_shapes import text_encoder_shapes, text_encoder_sizes, vae_shapes
+    from wan22.files.tensor_names import published_vae_name, text_encoder_name
 
     with torch.device("meta"):
         vae = AutoencoderKLWan(base_dim=24, z_dim=8).state_dict()

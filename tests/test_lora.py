@@ -288,7 +288,7 @@ def test_several_are_summed_in_float32_and_rounded_once(tiny, tmp_path, shapes, 
 def test_the_buffers_size_changes_no_bit(tiny, tmp_path, shapes, monkeypatch):
     lora = Lora(str(write(tmp_path / "a.safetensors", pairs(shapes), dtype=torch.bfloat16)), 0.3)
     whole = merged(tiny, lora, dtype=torch.bfloat16)
-    monkeypatch.setattr("wan22.reading.BUFFER_BYTES", 1000)
+    monkeypatch.setattr("wan22.files.reading.BUFFER_BYTES", 1000)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in merged(tiny, lora, dtype=torch.bfloat16).items())
 
 
@@ -311,7 +311,7 @@ def test_one_float32_tensor_at_a_time(tiny, tmp_path, shapes, monkeypatch):
         seen.append((len(targets), sum(tensor.nbytes for tensor in targets.values())))
         return read(source, targets, *begins)
 
-    monkeypatch.setattr("wan22.tensor_files.Safetensors.read", watched)
+    monkeypatch.setattr("wan22.files.tensor_files.Safetensors.read", watched)
     merged(tiny, Lora(str(path)), dtype=torch.bfloat16)
     largest = max(4 * shapes[f"{module}.weight"][0] * shapes[f"{module}.weight"][1] for module in LINEARS)
     assert len(seen) == 1 + 2 * len(LINEARS)
@@ -670,8 +670,8 @@ def unread(monkeypatch):
     def read(*args):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("wan22.tensor_files.Safetensors.read", read)
-    monkeypatch.setattr("wan22.tensor_files.Pickle.read", read)
+    monkeypatch.setattr("wan22.files.tensor_files.Safetensors.read", read)
+    monkeypatch.setattr("wan22.files.tensor_files.Pickle.read", read)
 
 
 def refused(capsys, words, *expected):

@@ -6,8 +6,8 @@ import unicodedata
 
 import pytest
 
-from wan22 import names
-from wan22.names import default_output, move_to_free, next_free, safe_name
+from wan22.output import names
+from wan22.output.names import default_output, move_to_free, next_free, safe_name
 
 SAFE = [
     ("A beautiful sunset over the ocean", "A-beautiful-sunset-over-the-ocean"),

@@ -65,7 +65,7 @@ def test_an_expert_is_packed_in_place(tiny):
 
 
 def test_streamed_pieces_lie_side_by_side(tiny):
-    from wan22.streaming import pieces_of
+    from wan22.residency.streaming import pieces_of
 
     model = WanTransformer(CONFIG)  # of a width that the pieces' alignment does not divide
     for piece in pieces_of(model).values():

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from wan22 import cli, sampling, text_encoder, vae
 from wan22.checkpoint import INDEX, open_checkpoint
-from wan22.chunks import chunk_feed_forward
 from wan22.config import Lora, Placement, Precision, Request, Residency, RunError
 from wan22.experts import Experts
 from wan22.load import load_expert
 from wan22.lora import Adapters
-from wan22.memory import Memory
 from wan22.model import Block
 from wan22.pipeline import Pipeline
 from wan22.report import Reporter
-from wan22.streaming import evenly, pieces_of
+from wan22.residency.chunks import chunk_feed_forward
+from wan22.residency.memory import Memory
+from wan22.residency.streaming import evenly, pieces_of
 
 CPU = torch.device("cpu")
 LAYERS = 8
@@ -118,7 +118,7 @@ def test_the_other_expert_is_ready_when_its_turn_comes(deep, monkeypatch):
     experts.get(HIGH)
     experts.expect(LOW)
     experts._coming._thread.join(30)
-    monkeypatch.setattr("wan22.streaming.read_state", None)  # nothing is read from here on
+    monkeypatch.setattr("wan22.residency.streaming.read_state", None)  # nothing is read from here on
     start = time.perf_counter()
     experts.get(LOW)
     print(f"waited {time.perf_counter() - start:.4f} s; stall {experts.stall:.4f} s")

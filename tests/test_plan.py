@@ -15,9 +15,9 @@ from wan22.experts import Experts
 from wan22.load import empty_expert
 from wan22.lora import Adapters
 from wan22.machine import Room
-from wan22.memory import Memory
 from wan22.model import TransformerConfig, WanTransformer
 from wan22.plan import as_text, make_plan, pick_tiles, require
+from wan22.residency.memory import Memory
 from wan22.sizes import Sizes, block_moments, lasting_terms, total, weight_terms
 
 GIB = 1 << 30

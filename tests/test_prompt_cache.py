@@ -7,9 +7,9 @@ from conftest import TINY
 from wan22 import cli, prompt_cache, text_encoder
 from wan22.checkpoint import open_checkpoint
 from wan22.config import MODEL_SPECS, Placement, Precision
+from wan22.measuring.random_weights import random_checkpoint
 from wan22.pipeline import Pipeline
 from wan22.prompt_cache import VARIABLE, Encoded, PromptCache, cache_for
-from wan22.random_weights import random_checkpoint
 from wan22.report import Reporter
 
 CPU = torch.device("cpu")

@@ -14,13 +14,13 @@ from wan22.convert import convert
 from wan22.experts import Experts
 from wan22.load import eight_bit_of, empty_expert, load_expert
 from wan22.machine import Room
-from wan22.memory import Memory
 from wan22.model import TransformerConfig, WanTransformer
 from wan22.pack import pack
 from wan22.pipeline import Pipeline
 from wan22.plan import make_plan
 from wan22.quantize import EightBit, EightBitLinear, quantize, read_quantized
 from wan22.report import Reporter
+from wan22.residency.memory import Memory
 from wan22.sizes import Sizes, total, weight_terms
 
 CPU = torch.device("cpu")

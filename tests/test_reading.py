@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wan22 import reading
 from wan22.config import RequestError, RunError
-from wan22.layouts import EXPERT, find_tensors, publish
-from wan22.tensor_files import Safetensors
+from wan22.files import reading
+from wan22.files.layouts import EXPERT, find_tensors, publish
+from wan22.files.tensor_files import Safetensors
 
 
 def read_all(tensors, dtype):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from wan22.config import RequestError
-from wan22.record import read_record, stored_text, to_text
+from wan22.output.record import read_record, stored_text, to_text
 
 GOOD = to_text({"seed": 1}, 16).encode()
 HEADER = b"\0\0\0\x10ftypisom\0\0\0\0"

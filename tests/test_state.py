@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from wan22 import claim, cli, sampling, state
+from wan22 import cli, sampling, state
 from wan22.config import Request, RequestError
-from wan22.names import beside, staging_prefix
+from wan22.many import claim
+from wan22.output.names import beside, staging_prefix
 from wan22.sampling import denoise, draw_noise, make_solver, remember
 from wan22.state import Progress, RunState, read_state, state_path
 

@@ -8,11 +8,11 @@ from wan22 import step_cache
 from wan22.config import Placement, Precision, Residency
 from wan22.experts import Experts
 from wan22.load import load_expert
-from wan22.memory import Memory
 from wan22.model import Block
 from wan22.pipeline import Pipeline
 from wan22.plan import make_plan
 from wan22.report import Reporter
+from wan22.residency.memory import Memory
 from wan22.sampling import denoise, draw_noise
 from wan22.state import RunState, begin_given, read_state, state_path
 from wan22.step_cache import StepCache, always_computed

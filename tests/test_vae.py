@@ -8,8 +8,8 @@ import torch
 
 from wan22 import vae_sizes
 from wan22.config import RunError, data_dir
+from wan22.files.tensor_files import Safetensors
 from wan22.sizes import Sizes
-from wan22.tensor_files import Safetensors
 from wan22.vae import VideoVAE, steps_of
 from wan22.vae_sizes import cuts, decode_terms, finer, interval, with_halo
 

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from wan22.config import Encoding, RequestError, RunError
-from wan22.record import stored_text
-from wan22.sheet import frame_sheet, grid
+from wan22.output.record import stored_text
+from wan22.output.sheet import frame_sheet, grid
 from wan22.video import check_writable, iter_frames, open_output, read_frames, read_record, write_sidecar
 
 W, H, FPS = 96, 64, 16
@@ -484,7 +484,7 @@ def test_a_disk_that_is_full_only_when_synced(tmp_path, monkeypatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("wan22.names.os.fsync", full)
+    monkeypatch.setattr("wan22.output.names.os.fsync", full)
     with pytest.raises(RunError, match="the disk is full"):
         save(tmp_path / "x.mp4", clip(2))
     assert os.listdir(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Many requests, made by workers that load the weights once (batch_worker.py): processes, or actors of a Ray cluster.
+"""Many requests, made by workers that load the weights once (many/worker.py): processes, or actors of a Ray cluster.
 
 The parent reads no weight. It hands out one item at a time, replaces a worker that dies, and sets an item aside that
 was being made at two deaths. Who makes an item claims its output (state.py), so that several batches over one folder,
@@ -16,14 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from wan22 import claim, plan
+from wan22 import plan
 from wan22.capability import ADA, resolve
 from wan22.config import DEFAULT_TASK, DoesNotFit, Precision, Request, RequestError, RunError
-from wan22.items import Bad, Item
-from wan22.journal import Journal
-from wan22.names import CLAIM, STATE, beside, exists
+from wan22.many import claim
+from wan22.many.items import Bad, Item
+from wan22.many.journal import Journal
 from wan22.options import Base, Flags, read_checkpoint, read_placement, read_precision
-from wan22.record import read_record
+from wan22.output.names import CLAIM, STATE, beside, exists
+from wan22.output.record import read_record
 
 DEATHS = 2  # of workers over one item, until it is set aside
 LOSSES = 5  # of machines under it, which are seldom its fault
@@ -56,7 +57,7 @@ class Outcome:
 
 
 class Worker(Protocol):
-    """One that makes videos, wherever it is: as batch_local.py's."""
+    """One that makes videos, wherever it is: as many/local.py's."""
 
     ready: bool
     job: Job | None
@@ -72,7 +73,7 @@ class Worker(Protocol):
 
 
 class Engine(Protocol):
-    """Where workers come from: as batch_local.py's. devices: one a worker; run: the run's name in the journal."""
+    """Where workers come from: as many/local.py's. devices: one a worker; run: the run's name in the journal."""
 
     devices: list[str]
     run: str

@@ -16,20 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan22 import bench_parts, work
 from wan22.attention import BACKENDS, Attend, find, functions, limit, reference, relative_error
 from wan22.checkpoint import Checkpoint, Expert
-from wan22.clock import Clock, PartTimes
 from wan22.config import GPU_RESERVE, DoesNotFit, Placement, Precision, Request, RequestError
 from wan22.kernels.product_8bit import product_8bit
 from wan22.kernels.quantize_rows import quantize_rows_plain
 from wan22.load import eight_bit_of
+from wan22.measuring import parts as bench_parts
+from wan22.measuring import work
+from wan22.measuring.clock import Clock, PartTimes
+from wan22.measuring.random_weights import random_checkpoint
+from wan22.measuring.rivals import check_rival, rival
 from wan22.model import TransformerConfig
 from wan22.pipeline import Pipeline, _device
 from wan22.plan import Option, gib, make_plan
 from wan22.quantize import EightBit
-from wan22.random_weights import random_checkpoint
-from wan22.rivals import check_rival, rival
 from wan22.sampling import plan_steps
 
 Row = dict[str, Any]

@@ -21,9 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan22.config import DEFAULT_TASK, EXPERT_SIDES, MODEL_SPECS, RequestError, data_dir
-from wan22.expert_files import check_side, read_config, refuse_single_transformer, same_content, same_files, sizes_of
-from wan22.layouts import EXPERT, TEXT_ENCODER, VAE, Published, find_tensors, publish
-from wan22.tensor_files import FileTensors, MissingFiles, TensorSource, open_checked, sample_bytes
+from wan22.files.expert_files import (
+    check_side,
+    read_config,
+    refuse_single_transformer,
+    same_content,
+    same_files,
+    sizes_of,
+)
+from wan22.files.layouts import EXPERT, TEXT_ENCODER, VAE, Published, find_tensors, publish
+from wan22.files.tensor_files import FileTensors, MissingFiles, TensorSource, open_checked, sample_bytes
 
 if TYPE_CHECKING:
     from wan22.model import TransformerConfig

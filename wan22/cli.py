@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 import wan22
-import wan22.launch as launching
 import wan22.plan as planning
+import wan22.several.launch as launching
 from wan22 import cli_bench, cli_many
 from wan22.capability import ADA, PRESETS
 from wan22.checkpoint import Parts, find_checkpoint, open_checkpoint
@@ -38,8 +38,6 @@ from wan22.config import (
     parse_size,
     preset_names,
 )
-from wan22.mesh import Mesh, Shares
-from wan22.names import next_free
 from wan22.options import (
     Base,
     Flags,
@@ -54,9 +52,11 @@ from wan22.options import (
     read_precision,
     read_request,
 )
+from wan22.output.names import next_free
+from wan22.several.mesh import Mesh, Shares
+from wan22.several.watch import Member, News, announce
 from wan22.state import is_finished
 from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
-from wan22.watch import Member, News, announce
 
 if TYPE_CHECKING:
     from wan22.pipeline import Pipeline
@@ -297,7 +297,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Of a checkpoint too: one JSON object.")] = False,
 ) -> None:
     """Print how a video was made, as JSON; or what a checkpoint folder or a file of weights is."""
-    from wan22.contents import as_text, describe, holds_weights
+    from wan22.files.contents import as_text, describe, holds_weights
 
     if not holds_weights(Path(file)):
         print(json.dumps(read_any_record(file), ensure_ascii=False, indent=2))

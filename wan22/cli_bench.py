@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from wan22.config import RequestError
-from wan22.launch import refuse_torchrun
 from wan22.options import (
     Base,
     make_request,
@@ -20,6 +19,7 @@ from wan22.options import (
     read_request,
     with_options_of,
 )
+from wan22.several.launch import refuse_torchrun
 
 # What of a command that makes videos counts for its measurement too, where generate has it.
 IN_BENCH = (
@@ -80,7 +80,7 @@ def bench(
     if rows and not memory:
         raise RequestError("--rows is for --memory")
     if memory:
-        from wan22 import bench_memory
+        from wan22.measuring import memory_rows as bench_memory
 
         measured = bench_memory.run(checkpoint, request, precision, placement, rows.split(",") if rows else ())
         as_text = bench_memory.as_text

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wan22.config import DEFAULT_TASK, Placement, RequestError
-from wan22.launch import refuse_torchrun
 from wan22.options import normalize, read_base, read_checkpoint, read_encoding, read_placement, with_options_of
+from wan22.several.launch import refuse_torchrun
 from wan22.video import check_writable
 
 if TYPE_CHECKING:
     from wan22.batch import Engine
-    from wan22.batch_worker import Work
+    from wan22.many.worker import Work
 
 TOGETHER = ("gpus", "ulysses_size", "ring_size", "dit_fsdp", "t5_fsdp")  # several GPUs on one video
 APART = "each GPU makes videos of its own"
@@ -74,9 +74,9 @@ def batch(
     if seeds and (repeat > 1 or flags["seed"] is not None):
         raise RequestError("--seeds goes with neither --seed nor --repeat", hint="give one of them")
     from wan22 import batch as library
-    from wan22.batch_worker import Work
-    from wan22.gallery import write_gallery
-    from wan22.items import parse_seeds, read_items
+    from wan22.many.gallery import write_gallery
+    from wan22.many.items import parse_seeds, read_items
+    from wan22.many.worker import Work
 
     source, base = Path(file), read_base(flags)
     part, parts = library.parse_shard(shard)
@@ -118,7 +118,7 @@ def start_engine(engine: str, address: str | None, gpus: int | None, workers: in
             raise RequestError(f"--preset: {name} is for one video on several GPUs; {APART} in a batch",
                                hint="--workers N")  # fmt: skip
     if engine == "ray":
-        from wan22.batch_ray import RayEngine
+        from wan22.many.ray_cluster import RayEngine
 
         return RayEngine(address, workers, gpus, placement, work)
     if engine != "local":
@@ -126,7 +126,7 @@ def start_engine(engine: str, address: str | None, gpus: int | None, workers: in
     for flag, value in (("--ray-address", address), ("--gpus-per-worker", gpus)):
         if value is not None:
             raise RequestError(f"{flag} is for --engine ray")
-    from wan22.batch_local import LocalEngine, count_workers
+    from wan22.many.local import LocalEngine, count_workers
 
     return LocalEngine(count_workers(workers, placement), work)
 
@@ -148,7 +148,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say what of a batch is done, running, failed and waiting, and the time left."""
-    from wan22 import journal
+    from wan22.many import journal
 
     if not (Path(folder) / journal.NAME).is_file():
         raise RequestError(f"{folder}: there was no batch here", hint="name the folder that a batch writes to")
@@ -162,13 +162,13 @@ def sheet(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a picture that exists.")] = False,
 ) -> None:
     """Make one picture of many videos, with their prompts and seeds."""
-    from wan22.gallery import write_sheet
+    from wan22.many.gallery import write_sheet
 
     print(write_sheet([Path(file) for file in files], Path(output), overwrite))
 
 
 def gallery(folder: Annotated[str, typer.Argument(help="A folder of videos.")]) -> None:
     """Write index.html over a folder: players, prompts, seeds, and the command that makes each again."""
-    from wan22.gallery import write_gallery
+    from wan22.many.gallery import write_gallery
 
     print(write_gallery(Path(folder)))

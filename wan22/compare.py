@@ -249,7 +249,7 @@ def _read_latents(file: str) -> np.ndarray:
     """float32 [C, T, H, W] of a file that holds them under the name `latents`. Raises RequestError."""
     import numpy as np
 
-    from wan22.tensor_files import Safetensors
+    from wan22.files.tensor_files import Safetensors
 
     tensors = Safetensors(Path(file))
     entry = tensors.entries.get("latents")
@@ -284,7 +284,7 @@ def check_plot(path: str | Path, overwrite: bool) -> None:
 
 def save_plot(comparison: Comparison, path: str | Path, overwrite: bool = False) -> None:
     """Write the plot, shown when whole. Raises RunError."""
-    from wan22.names import move_to_free, sync
+    from wan22.output.names import move_to_free, sync
 
     path = Path(path)
     partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial.png")

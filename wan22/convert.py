@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 from wan22.checkpoint import INDEX, TEXT_ENCODER_STEM, TOKENIZER, VAE_STEM, Checkpoint, Expert
 from wan22.config import DoesNotFit, RequestError, RunError
-from wan22.expert_files import same_content
-from wan22.layouts import Published
+from wan22.files.expert_files import same_content
+from wan22.files.layouts import Published
+from wan22.files.reading import ITEM_BYTES, torch_dtypes
+from wan22.files.tensor_files import TensorSource
 from wan22.load import empty_expert
-from wan22.names import sync
-from wan22.reading import ITEM_BYTES, torch_dtypes
-from wan22.target import DISK_FULL, NOT_WRITABLE
-from wan22.tensor_files import TensorSource
+from wan22.network.target import DISK_FULL, NOT_WRITABLE
+from wan22.output.names import sync
 from wan22.text_encoder import check_text_encoder
 from wan22.vae import check_vae
 

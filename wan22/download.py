@@ -23,11 +23,11 @@ import httpx2
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from wan22 import verify
 from wan22.config import DoesNotFit, RequestError, RunError
-from wan22.hub import Hub, Patience, XetFailed
-from wan22.target import DISK_FULL, GOING_ON, NOT_WRITABLE, Target
-from wan22.verify import PUBLISHED, CheckReport, KnownFile, Record, human
+from wan22.network import verify
+from wan22.network.hub import Hub, Patience, XetFailed
+from wan22.network.target import DISK_FULL, GOING_ON, NOT_WRITABLE, Target
+from wan22.network.verify import PUBLISHED, CheckReport, KnownFile, Record, human
 
 
 @dataclass(frozen=True)

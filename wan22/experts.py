@@ -24,14 +24,14 @@ from wan22.checkpoint import Checkpoint
 from wan22.config import EXPERT_SIDES, Lora, Residency
 from wan22.load import assemble, empty_expert
 from wan22.lora import Adapters, Merge
-from wan22.memory import OUT_OF_MEMORY, Memory, memory_of
 from wan22.model import WanTransformer
 from wan22.parallel import Ranks
 from wan22.quantize import EightBit
-from wan22.streaming import BlockStream, Files, HostCopy, Piece, Source, evenly, pieces_of
+from wan22.residency.memory import OUT_OF_MEMORY, Memory, memory_of
+from wan22.residency.streaming import BlockStream, Files, HostCopy, Piece, Source, evenly, pieces_of
 
 if TYPE_CHECKING:
-    from wan22.sharding import Copies
+    from wan22.several.sharding import Copies
 
 ROOM_FOR_WORK = 0.25  # of the host's free memory, left alone when files are read ahead
 
@@ -225,7 +225,7 @@ class Experts:
 
     def _copies_of(self, key: Key, flats: dict[int, Tensor]) -> "list[Copies]":
         """What several ranks read for one another, piece by piece; adapters, which change whole tensors, each does."""
-        from wan22.sharding import Copies
+        from wan22.several.sharding import Copies
 
         assert self.ranks
         expert, rank, world = self.checkpoint.experts[key.name], self.ranks.team.rank, self.ranks.mesh.world
@@ -234,7 +234,7 @@ class Experts:
 
     def _shard(self, key: Key) -> tuple[_Placed, Callable[[Callable[[], bool]], None]]:
         """This rank's part of an expert with its memory taken, and the work that fills it."""
-        from wan22.sharding import sharded_expert
+        from wan22.several.sharding import sharded_expert
 
         assert self.ranks
         expert, world = self.checkpoint.experts[key.name], self.ranks.mesh.world

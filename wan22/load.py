@@ -9,13 +9,13 @@ from torch import Tensor
 
 from wan22.attention import functions
 from wan22.checkpoint import Expert
-from wan22.chunks import chunk_feed_forward
 from wan22.config import Precision
+from wan22.files.tensor_files import check_names
 from wan22.lora import Merge, read_merged
 from wan22.model import WanTransformer
 from wan22.pack import pack, side_by_side
 from wan22.quantize import EightBit, quantize, read_quantized
-from wan22.tensor_files import check_names
+from wan22.residency.chunks import chunk_feed_forward
 
 # Of what is neither 8-bit nor always float32.
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "int8": torch.bfloat16}

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from wan22.config import EXPERT_SIDES, Lora, RequestError
-from wan22.tensor_files import Safetensors, TensorSource, open_checked
-from wan22.tensor_names import EXPERT_FROM_DIFFUSERS, rename
+from wan22.files.tensor_files import Safetensors, TensorSource, open_checked
+from wan22.files.tensor_names import EXPERT_FROM_DIFFUSERS, rename
 
 Shapes = Mapping[str, tuple[int, ...]]
 Change = dict[str, str]  # what one tensor is changed by: `down`, `up`, `alpha`, `diff` → the key in the adapter's file

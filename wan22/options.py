@@ -169,7 +169,7 @@ def read_any_record(file: str) -> dict[str, Any]:
         from wan22.state import read_latents_record
 
         return read_latents_record(Path(file))
-    from wan22.record import read_record
+    from wan22.output.record import read_record
 
     return read_record(file)
 

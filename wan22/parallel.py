@@ -23,10 +23,10 @@ from torch import Tensor
 
 from wan22.attention import Attend
 from wan22.config import Placement, RequestError, RunError
-from wan22.launch import Team, connect, rendezvous
-from wan22.mesh import Mesh, Shares, shares
 from wan22.model import ContextKV, WanTransformer
-from wan22.watch import Member, Watchman, count_processor_time, first_time, tick
+from wan22.several.launch import Team, connect, rendezvous
+from wan22.several.mesh import Mesh, Shares, shares
+from wan22.several.watch import Member, Watchman, count_processor_time, first_time, tick
 
 PATIENCE = timedelta(minutes=30)  # for one message; who does not answer is found out by watch.py, and sooner
 OVERLAPPED = {"cuda": 2, "cpu": 1}  # parts of a rank's heads: one is attended to while the next one's are on their way

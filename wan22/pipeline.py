@@ -33,26 +33,26 @@ from wan22.config import (
     load_preset,
 )
 from wan22.experts import Experts
-from wan22.launch import refuse_sharded
 from wan22.load import DTYPES, eight_bit_of
 from wan22.lora import Adapters
-from wan22.memory import limit_gpu_memory
-from wan22.mesh import Shares
-from wan22.names import default_output
+from wan22.output.names import default_output
 from wan22.parallel import Ranks
 from wan22.plan import COMMUNICATORS, HOST_BASE, Plan, Sizes, pick_tiles, require, require_any
 from wan22.preview import Preview
 from wan22.prompt_cache import Encoded, cache_for
 from wan22.report import Reporter
+from wan22.residency.memory import limit_gpu_memory
 from wan22.sampling import denoise, describe_split, draw_noise, evaluate, first_loras, plan_steps
+from wan22.several.launch import refuse_sharded
+from wan22.several.mesh import Shares
+from wan22.several.vae_parallel import decode_together
+from wan22.several.watch import ticking
 from wan22.state import Follower, RunState, begin_automatic, begin_given, read_state
 from wan22.step_cache import StepCache
 from wan22.text_encoder import Tokenizer, check_text_encoder, encode_all
 from wan22.vae import VideoVAE, check_vae, to_uint8
-from wan22.vae_parallel import decode_together
 from wan22.vae_sizes import Grid, rank_grid
 from wan22.video import IfExists, check_writable, open_output
-from wan22.watch import ticking
 
 
 @dataclass

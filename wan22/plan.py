@@ -18,9 +18,9 @@ from wan22.config import (
     Residency,
     parse_bytes,
 )
-from wan22.launch import Team
 from wan22.machine import Room, gpu_memory, host_memory
-from wan22.mesh import Mesh, Shares, choose_mesh
+from wan22.several.launch import Team
+from wan22.several.mesh import Mesh, Shares, choose_mesh
 from wan22.sizes import (
     ITEM,
     SOLVER_COPIES,

@@ -27,7 +27,7 @@ from torch import Tensor
 from wan22.checkpoint import Checkpoint
 from wan22.config import Request, RequestError
 from wan22.machine import cache_folder
-from wan22.names import PREVIEW, beside, staging_prefix
+from wan22.output.names import PREVIEW, beside, staging_prefix
 from wan22.vae import VideoVAE
 
 EVERY = 2.0  # seconds between two previews

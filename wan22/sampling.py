@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from wan22.config import Lora, Request, RequestError, Residency, RunError
-from wan22.memory import OUT_OF_MEMORY
 from wan22.model import ContextKV, WanTransformer
+from wan22.residency.memory import OUT_OF_MEMORY
 from wan22.state import Progress
 from wan22.step_cache import MOST_SKIPPED, StepCache, always_computed
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from wan22 import claim
 from wan22.config import RequestError
-from wan22.names import CLAIM, PREVIEW, STATE, beside, exists, numbered, staging_prefix, sync, sync_entry
-from wan22.record import read_record
-from wan22.tensor_files import read_header
+from wan22.files.tensor_files import read_header
+from wan22.many import claim
+from wan22.output.names import CLAIM, PREVIEW, STATE, beside, exists, numbered, staging_prefix, sync, sync_entry
+from wan22.output.record import read_record
 
 if TYPE_CHECKING:
     import torch

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from wan22.checkpoint import Checkpoint
 from wan22.config import RequestError, RunError
-from wan22.memory import OUT_OF_MEMORY, memory_of
-from wan22.part_shapes import text_encoder_shapes, text_encoder_sizes
-from wan22.tensor_files import check_names
-from wan22.tensor_names import text_encoder_name
+from wan22.files.part_shapes import text_encoder_shapes, text_encoder_sizes
+from wan22.files.tensor_files import check_names
+from wan22.files.tensor_names import text_encoder_name
+from wan22.residency.memory import OUT_OF_MEMORY, memory_of
 
 
 def clean(prompt: str) -> str:
@@ -77,7 +77,7 @@ class TextEncoder:
             cpu_offload(self.model, device)
 
     def _shard(self, checkpoint: Checkpoint, model: Any, names: Mapping[str, str], ranks: int) -> None:
-        from wan22.sharding import shard_text_encoder
+        from wan22.several.sharding import shard_text_encoder
 
         model.encoder.embed_tokens.weight = model.shared.weight
         self.model = model.requires_grad_(False).eval()

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from wan22.checkpoint import Checkpoint
 from wan22.config import RequestError, RunError
-from wan22.memory import OUT_OF_MEMORY
-from wan22.part_shapes import vae_shapes
-from wan22.tensor_files import check_names
-from wan22.tensor_names import vae_name
+from wan22.files.part_shapes import vae_shapes
+from wan22.files.tensor_files import check_names
+from wan22.files.tensor_names import vae_name
+from wan22.residency.memory import OUT_OF_MEMORY
 from wan22.vae_decoder import Cache, local, middle, prepare
 from wan22.vae_sizes import CHUNK, Grid, cuts, finer, with_halo
 

@@ -32,8 +32,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from wan22.config import DiskFull, Encoding, RequestError, RunError
-from wan22.names import beside, exists, is_empty_folder, move_to_free, next_free, staging_prefix, sync, sync_entry
-from wan22.record import RECORD_NAME, read_document, read_record, stored_text, to_text
+from wan22.output.names import (
+    beside,
+    exists,
+    is_empty_folder,
+    move_to_free,
+    next_free,
+    staging_prefix,
+    sync,
+    sync_entry,
+)
+from wan22.output.record import RECORD_NAME, read_document, read_record, stored_text, to_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -351,7 +360,7 @@ class _SheetWriter(_CollectingWriter):
         import numpy as np
         from PIL.PngImagePlugin import PngInfo
 
-        from wan22.sheet import frame_sheet
+        from wan22.output.sheet import frame_sheet
 
         info = PngInfo()
         info.add_itxt("Comment", self._text)

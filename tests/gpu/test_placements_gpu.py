@@ -11,15 +11,16 @@ import torch
 from conftest import TINY
 from test_placements import EVERY, HIGH, LAYERS, REQUEST, adapter, deep  # noqa: F401 (fixtures)
 
-from wan22 import attention, cli, memory
+from wan22 import attention, cli
 from wan22.attention import BACKENDS, Shape, choose
 from wan22.config import Lora, Placement, Precision, Request, RequestError, Residency
 from wan22.experts import Experts
-from wan22.memory import CudaMemory
+from wan22.measuring.random_weights import random_checkpoint
 from wan22.pipeline import Pipeline
-from wan22.random_weights import random_checkpoint
 from wan22.report import Reporter
-from wan22.streaming import pieces_of
+from wan22.residency import memory
+from wan22.residency.memory import CudaMemory
+from wan22.residency.streaming import pieces_of
 
 pytestmark = [
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),

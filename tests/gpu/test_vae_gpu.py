@@ -9,13 +9,13 @@ from conftest import TINY
 
 from wan22.checkpoint import open_checkpoint
 from wan22.config import Placement, Precision, data_dir
+from wan22.files.part_shapes import vae_shapes
+from wan22.files.tensor_files import Safetensors
 from wan22.kernels import dispatch
-from wan22.part_shapes import vae_shapes
+from wan22.measuring.random_weights import RandomTensors
 from wan22.pipeline import Pipeline
 from wan22.prompt_cache import VARIABLE
-from wan22.random_weights import RandomTensors
 from wan22.report import Reporter
-from wan22.tensor_files import Safetensors
 from wan22.vae import VideoVAE
 from wan22.vae_sizes import decode_terms
 

@@ -14,13 +14,14 @@ from conftest import ROOT, TINY
 from safetensors.torch import load_file
 from together import ForkedPopen
 
-from wan22 import cli, launch, watch
+from wan22 import cli
 from wan22.config import RequestError
 from wan22.experts import Experts
 from wan22.model import Block
+from wan22.several import launch, watch
+from wan22.several.watch import Member, News, Watchman
 from wan22.vae import VideoVAE
 from wan22.video import VideoWriter
-from wan22.watch import Member, News, Watchman
 
 TYPED = ["generate", "--ckpt_dir", str(TINY), "--size", "64*48", "--frame_num", "5", "--sample_steps", "4", "--prompt",
          "a ball", "--seed", "3", "--sample_shift", "3", "--device", "cpu", "--keep-latents",

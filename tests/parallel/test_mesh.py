@@ -7,10 +7,10 @@ from conftest import TINY
 
 from wan22 import cli
 from wan22.config import DoesNotFit, Placement, Precision, Request, RequestError
-from wan22.launch import Team, refuse_lonely, rendezvous, team_of
 from wan22.machine import Room
-from wan22.mesh import Mesh, Shares, choose_mesh, first_host, shares
 from wan22.plan import Sizes, make_plan, require_any
+from wan22.several.launch import Team, refuse_lonely, rendezvous, team_of
+from wan22.several.mesh import Mesh, Shares, choose_mesh, first_host, shares
 from wan22.sizes import cache_terms
 from wan22.vae_sizes import cuts, rank_grid, with_halo
 

@@ -12,25 +12,25 @@ from conftest import TINY
 from safetensors.torch import save_file
 from together import CPU, run
 
-from wan22 import reading
 from wan22.checkpoint import Expert, find_checkpoint, open_checkpoint
 from wan22.config import Placement, Precision, Request, RequestError, Residency
 from wan22.experts import Experts
-from wan22.launch import Team
+from wan22.files import reading
+from wan22.files.tensor_files import Safetensors
 from wan22.load import load_expert
 from wan22.lora import Adapters
-from wan22.memory import Memory
-from wan22.mesh import Mesh, shares
 from wan22.model import TransformerConfig, WanTransformer
 from wan22.parallel import Ranks, head_parts
 from wan22.pipeline import Pipeline
 from wan22.report import Reporter
+from wan22.residency.memory import Memory
 from wan22.sampling import evaluate
-from wan22.sharding import sharded_expert
-from wan22.tensor_files import Safetensors
+from wan22.several.launch import Team
+from wan22.several.mesh import Mesh, shares
+from wan22.several.sharding import sharded_expert
+from wan22.several.vae_parallel import decode_together
 from wan22.text_encoder import TextEncoder
 from wan22.vae import VideoVAE, to_uint8
-from wan22.vae_parallel import decode_together
 from wan22.vae_sizes import rank_grid
 
 HIGH, LOW = "high_noise_model", "low_noise_model"

@@ -9,19 +9,20 @@ from conftest import TINY
 from together import CPU, run
 
 from wan22 import pipeline as pipelines
-from wan22 import reading, text_encoder
+from wan22 import text_encoder
 from wan22.attention import relative_error
 from wan22.checkpoint import open_checkpoint
 from wan22.config import Placement, Precision, Request
 from wan22.experts import Experts
-from wan22.launch import Team
-from wan22.mesh import Mesh
+from wan22.files import reading
 from wan22.parallel import Ranks
 from wan22.pipeline import Pipeline
 from wan22.preview import Preview
 from wan22.prompt_cache import VARIABLE
 from wan22.report import Reporter
 from wan22.sampling import plan_steps
+from wan22.several.launch import Team
+from wan22.several.mesh import Mesh
 
 REQUEST = Request("a red ball", "blurred", width=48, height=32, num_frames=9, num_steps=5, shift=5.0, seed=7)
 ONE_BRANCH = dataclasses.replace(REQUEST, guidance_low=1.0)  # of its low-noise steps

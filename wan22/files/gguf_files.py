@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from wan22.config import RequestError
-from wan22.reading import ITEM_BYTES, Entry
-from wan22.tensor_files import FileTensors, open_checked
+from wan22.files.reading import ITEM_BYTES, Entry
+from wan22.files.tensor_files import FileTensors, open_checked
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

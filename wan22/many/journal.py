@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wan22 import claim
-from wan22.names import CLAIM, beside
+from wan22.many import claim
+from wan22.output.names import CLAIM, beside
 
 NAME = "batch.jsonl"
 

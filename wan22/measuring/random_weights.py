@@ -18,8 +18,8 @@ from torch import Tensor
 
 from wan22.checkpoint import EXPERTS, TOKENIZER, Checkpoint, Expert
 from wan22.config import configs_dir, data_dir
+from wan22.files.part_shapes import text_encoder_shapes, vae_shapes
 from wan22.model import TransformerConfig, WanTransformer
-from wan22.part_shapes import text_encoder_shapes, vae_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 DRAWN = 1 << 22  # numbers at a time: 16 MiB beside the target

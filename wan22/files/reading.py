@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan22.config import RequestError, RunError
-from wan22.watch import tick
+from wan22.several.watch import tick
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,8 @@ from huggingface_hub.file_download import get_hf_file_metadata
 from huggingface_hub.utils import XetFileData, build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
 from wan22.config import RequestError, RunError, WanError
-from wan22.target import GOING_ON
-from wan22.verify import KnownFile, safe_path
+from wan22.network.target import GOING_ON
+from wan22.network.verify import KnownFile, safe_path
 
 try:
     import hf_xet

@@ -9,10 +9,10 @@ from typing import Any
 
 from wan22.checkpoint import ROLES, Expert, Parts, is_diffusers, open_checkpoint, open_pieces, place_in
 from wan22.config import RequestError
-from wan22.expert_files import read_config, sizes_of, told_side
-from wan22.layouts import ADAPTER, EXPERT, WEIGHT_FILES, find_tensors, layout_of, publish, recognize
-from wan22.tensor_files import MissingFiles, TensorSource, read_header
-from wan22.verify import human
+from wan22.files.expert_files import read_config, sizes_of, told_side
+from wan22.files.layouts import ADAPTER, EXPERT, WEIGHT_FILES, find_tensors, layout_of, publish, recognize
+from wan22.files.tensor_files import MissingFiles, TensorSource, read_header
+from wan22.network.verify import human
 
 WIDTH = 80
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from wan22.config import RequestError
-from wan22.layouts import Published
-from wan22.tensor_files import FileTensors, TensorSource, open_checked
-from wan22.tensor_names import published_config
+from wan22.files.layouts import Published
+from wan22.files.tensor_files import FileTensors, TensorSource, open_checked
+from wan22.files.tensor_names import published_config
 
 HEAD_DIM = 128  # of every published model: how many heads there are, where nothing tells
 PATCH = (1, 2, 2)

@@ -19,8 +19,8 @@ from types import FrameType
 from typing import IO, Any
 
 from wan22.config import EIGHT_BIT, Placement, Precision, RequestError
-from wan22.mesh import first_host
-from wan22.watch import RESCUE, Member, News, Watchman
+from wan22.several.mesh import first_host
+from wan22.several.watch import RESCUE, Member, News, Watchman
 
 HERE = str(Path(__file__).resolve().parent.parent)  # where this package is, installed or not
 WATCH = "WAN22_WATCH"  # address and token of the watchman, for processes that `--gpus` started

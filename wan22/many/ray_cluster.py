@@ -1,6 +1,6 @@
 """The engine `ray`: each worker is an actor of a Ray cluster that holds the model. Where it runs is Ray's decision.
 
-An actor's worker lives in a thread of its own (batch_worker.py) between two queues. The parent asks for what it says,
+An actor's worker lives in a thread of its own (many/worker.py) between two queues. The parent asks for what it says,
 with the number of what it has heard already and of what it has given: so a call can be made again after trouble on the
 network, and nothing is lost or done twice. An actor that dies, or is lost with its node, is replaced by a new one,
 which Ray starts where there is room.
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import wan22
-from wan22.batch_worker import Work, live
 from wan22.config import Placement, Request, RequestError
-from wan22.journal import NAME as JOURNAL
+from wan22.many.journal import NAME as JOURNAL
+from wan22.many.worker import Work, live
 
 GRACE = 120.0  # seconds for a worker to keep its state
 LISTEN = 5.0  # seconds that an actor is waited for to say something

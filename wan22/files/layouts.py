@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan22.config import RequestError
-from wan22.gguf_files import MAGIC as GGUF_MAGIC
-from wan22.gguf_files import Gguf
-from wan22.reading import Entry
-from wan22.scaled_fp8 import OTHER_FORM, Quantized
-from wan22.tensor_files import FileTensors, MissingFiles, Pickle, Safetensors, TensorSource, open_checked
-from wan22.tensor_names import (
+from wan22.files.gguf_files import MAGIC as GGUF_MAGIC
+from wan22.files.gguf_files import Gguf
+from wan22.files.reading import Entry
+from wan22.files.scaled_fp8 import OTHER_FORM, Quantized
+from wan22.files.tensor_files import FileTensors, MissingFiles, Pickle, Safetensors, TensorSource, open_checked
+from wan22.files.tensor_names import (
     EXPERT_FROM_DIFFUSERS,
     TEXT_ENCODER_FROM_LLAMA_CPP,
     TEXT_ENCODER_FROM_TRANSFORMERS,

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from wan22.config import DEFAULT_TASK, DiskFull, Request, RequestError, RunError, WanError
-from wan22.names import exists
 from wan22.options import Base, read_checkpoint, read_encoding, read_placement, read_precision
+from wan22.output.names import exists
 from wan22.report import Reporter
 
 

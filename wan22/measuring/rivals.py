@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wan22.attention import Attend
 from wan22.checkpoint import Expert
 from wan22.config import RequestError
-from wan22.tensor_names import EXPERT_FROM_DIFFUSERS, rename
+from wan22.files.tensor_names import EXPERT_FROM_DIFFUSERS, rename
 
 RIVALS = ("diffusers", "published")
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # latents [B, C, T, H, W], timestep [B], context → velocity

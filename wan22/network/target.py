@@ -13,7 +13,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock
 
 from wan22.config import DoesNotFit, RequestError, RunError, WanError
-from wan22.verify import KnownFile, human, state_dir
+from wan22.network.verify import KnownFile, human, state_dir
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)

@@ -19,9 +19,9 @@ from torch import Tensor
 from wan22.checkpoint import Expert
 from wan22.load import read_state
 from wan22.lora import Merge
-from wan22.memory import Memory
 from wan22.model import Block, WanTransformer
 from wan22.pack import side_by_side
+from wan22.residency.memory import Memory
 
 ALIGNMENT = 256  # bytes, of every tensor in a piece: what the device's own allocations have
 REST = -1  # the piece of everything outside the blocks

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from wan22 import journal
 from wan22.config import Request, RequestError, RunError
-from wan22.names import exists
-from wan22.record import read_record
+from wan22.many import journal
+from wan22.output.names import exists
+from wan22.output.record import read_record
 from wan22.video import read_frames
 
 PAGE = "index.html"
@@ -164,7 +164,7 @@ def _text(text: str) -> str:
 
 def write_sheet(files: list[Path], output: Path, overwrite: bool = False) -> Path:
     """One picture of several videos, each with its prompt and seed. Raises RequestError, RunError."""
-    from wan22.sheet import contact_sheet
+    from wan22.output.sheet import contact_sheet
 
     if output.suffix.lower() != ".png":
         raise RequestError(f"{output}: a sheet is a .png")

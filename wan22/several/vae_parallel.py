@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from wan22.parallel import Ranks
+from wan22.several.watch import first_time, tick
 from wan22.vae import VideoVAE, steps_of, to_pixels
 from wan22.vae_decoder import Cache
 from wan22.vae_sizes import Grid, cuts, with_halo
-from wan22.watch import first_time, tick
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right; in latents
 

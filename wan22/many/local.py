@@ -13,8 +13,8 @@ from dataclasses import replace
 from multiprocessing import connection
 from typing import Any, NoReturn
 
-from wan22.batch_worker import Work, live
 from wan22.config import Placement, Request, RequestError
+from wan22.many.worker import Work, live
 
 GRACE = 120.0  # seconds for a worker to keep its state
 

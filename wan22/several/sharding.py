@@ -23,10 +23,10 @@ from torch.distributed.tensor import DTensor
 from wan22.checkpoint import Expert
 from wan22.load import assemble, empty_expert, read_state, room_for
 from wan22.lora import Merge
-from wan22.memory import Memory
 from wan22.model import WanTransformer
 from wan22.pack import PACKED
 from wan22.parallel import all_gather
+from wan22.residency.memory import Memory
 
 _PACKED = re.compile(rf"(.*\.)({'|'.join(PACKED.values())})\.(weight|bias)")
 Fill = Callable[[Callable[[], bool]], None]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan22.clock import Clock
 from wan22.config import MODEL_SPECS, Request
 from wan22.load import DTYPES
+from wan22.measuring.clock import Clock
 from wan22.pipeline import Pipeline
 from wan22.plan import gib, pick_tiles
 from wan22.sizes import ITEM

@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from wan22 import reading
 from wan22.config import RequestError
-from wan22.reading import ITEM_BYTES, Entry, Job
+from wan22.files import reading
+from wan22.files.reading import ITEM_BYTES, Entry, Job
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from wan22.config import RequestError
-from wan22.tensor_files import FileTensors, Pickle
-from wan22.tensor_names import unprefixed
+from wan22.files.tensor_files import FileTensors, Pickle
+from wan22.files.tensor_names import unprefixed
 
 SENTINEL = "scaled_fp8"
 SCALES = {".scale_weight": "scaled fp8 (old keys)", ".weight_scale": "scaled fp8"}

@@ -1,0 +1,1 @@
+"""Many videos: items, who makes them, what is done, and the page over them."""

@@ -1,0 +1,1 @@
+"""What `wan22 bench` measures, piece by piece."""

@@ -1,0 +1,1 @@
+"""Repositories of weights: what they hold, where it goes, whether it is right."""

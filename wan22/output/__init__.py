@@ -1,0 +1,1 @@
+"""What is beside the frames of a video: its record, its name, sheets."""

@@ -1,0 +1,1 @@
+"""Who is in which memory, and how it comes and goes."""
