@@ -238,7 +238,7 @@ def test_one_process_makes_a_file(tmp_path):
 
 def test_a_dead_process_holds_nothing(tmp_path):
     path = tmp_path / ".v.claim"
-    script = f"import os, pathlib; from wan22 import claim; claim.take(pathlib.Path({str(path)!r})); os._exit(9)"
+    script = f"import os, pathlib; from wan22.many import claim; claim.take(pathlib.Path({str(path)!r})); os._exit(9)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
     assert path.exists()
     assert claim.holder(path) is None
