@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from wan22.machine import Room
 from wan22.model import TransformerConfig, WanTransformer
 from wan22.plan import as_text, make_plan, pick_tiles, require
 from wan22.residency.memory import Memory
+from wan22.several.mesh import Shares
 from wan22.sizes import Sizes, block_moments, lasting_terms, total, weight_terms
 
 GIB = 1 << 30
@@ -30,6 +32,25 @@ SIZES = {"720p": Request("x"), "480p": Request("x", width=832, height=480)}
 def made(gpu, host=HOST, request=SIZES["720p"], **placement):
     room = Room(CARD, int(gpu * GIB), "a card") if gpu else None
     return make_plan(request, Precision("bf16"), Placement(**placement), PUBLISHED, room, host)
+
+
+def test_both_branches_count_wherever_there_is_guidance():
+    name, plain = "keys and values of prompts", Request("x", guidance_high=1.0, guidance_low=1.0)
+    one = lasting_terms(plain, PUBLISHED, 2)[name]
+    for request in (
+        replace(plain, lead_steps=3), replace(plain, guidance_low=2.0), replace(plain, guidance_high=0.5), Request("x")
+    ):
+        assert lasting_terms(request, PUBLISHED, 2)[name] == 2 * one
+    assert lasting_terms(replace(plain, lead_steps=3, guidance_lead=1.0), PUBLISHED, 2)[name] == one
+
+
+def test_what_would_fit_is_asked_for_each_of_several():
+    card, host = Room(CARD, 40 * GIB, "a card"), Room(HOST.total, 30 * GIB)
+    asked = SIZES["720p"], Precision("float32"), Placement(), PUBLISHED, card, host
+    assert require(*asked).chosen  # by one, from disk
+    with pytest.raises(DoesNotFit) as refused:
+        require(*asked, Shares(world=4, sequence=2, processes=4))
+    assert refused.value.hint == "no size of video would fit; see: wan22 plan"
 
 
 def test_published_sizes():

@@ -168,7 +168,7 @@ def require(
     asked = next((o for o in plan.options if o.residency.kind == placement.offload), plan.options[-1])
     has = f"{gib(host.free)} of host memory" + (f", {gib(plan.gpu_free)} of GPU memory" if plan.gpu else "")
     raise DoesNotFit(f"it does not fit: {asked.residency.kind}: {asked.lacks}; free: {has}",
-                     hint=_what_would_fit(plan, request, precision, placement, sizes))  # fmt: skip
+                     hint=_what_would_fit(plan, request, precision, placement, sizes, shares))  # fmt: skip
 
 
 def rooms(gpu: str | None = None, host: str | None = None, device: str = "auto") -> tuple[Room | None, Room]:
@@ -228,9 +228,8 @@ def spread(
     world = placement.gpus or team.world
     if world == 1:
         return Mesh(), Shares()
-    guided = [request.guidance_high, request.guidance_low, request.guidance_lead if request.lead_steps else 1]
     local = team.local_world if team.world > 1 else world
-    mesh = choose_mesh(world, local, sizes.num_heads, tokens_of(request), any(guidance != 1 for guidance in guided),
+    mesh = choose_mesh(world, local, sizes.num_heads, tokens_of(request), request.guided,
                        placement.ulysses_size, placement.ring_size)  # fmt: skip
     experts, text = (world if sharded else 1 for sharded in (placement.dit_fsdp, placement.t5_fsdp))
     return mesh, Shares(world, mesh.sequence, experts, text, local)
@@ -244,14 +243,16 @@ def describe(plan: Plan) -> str:
     return f"--offload {chosen.residency.kind}: {needs if plan.gpu else gib(chosen.host_bytes)}"
 
 
-def _what_would_fit(plan: Plan, request: Request, precision: Precision, placement: Placement, sizes: Sizes) -> str:
+def _what_would_fit(
+    plan: Plan, request: Request, precision: Precision, placement: Placement, sizes: Sizes, shares: Shares
+) -> str:
     """Another placement, or a smaller video."""
     if other := next((option for option in plan.options if not option.lacks), None):
         return f"this would fit: --offload {other.residency.kind}, or --offload auto"
     for width, height, frames in SMALLER:
         smaller = replace(request, width=width, height=height, num_frames=min(frames, request.num_frames))
         if tokens_of(smaller) < tokens_of(request) and make_plan(
-            smaller, precision, replace(placement, offload="auto"), sizes, plan.gpu, plan.host
+            smaller, precision, replace(placement, offload="auto"), sizes, plan.gpu, plan.host, shares=shares
         ).chosen:
             return f"this would fit: --size {width}x{height} --frames {smaller.num_frames}"
     return "no size of video would fit; see: wan22 plan"

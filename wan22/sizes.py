@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Self
 
-from wan22.config import CHUNK_TOKENS, Precision, Request, Residency, configs_dir
+from wan22.config import CHUNK_TOKENS, DEFAULT_TASK, MODEL_SPECS, Precision, Request, Residency, configs_dir
 
 if TYPE_CHECKING:
     from wan22.checkpoint import Checkpoint
@@ -37,7 +37,7 @@ class Sizes:
     vae_width: int
     files: int
     num_heads: int
-    text_len: int = 512
+    text_len: int = MODEL_SPECS[DEFAULT_TASK].text_len
     eight_bit: int = 0  # of the block's elements
     scales: int = 0  # float32 numbers beside them: one an output channel
 
@@ -170,7 +170,7 @@ def cache_terms(
 
 
 def _branches(request: Request) -> int:
-    return 2 if max(request.guidance_high, request.guidance_low) != 1 else 1
+    return 2 if request.guided else 1
 
 
 def tokens_of(request: Request) -> int:

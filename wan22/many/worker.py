@@ -106,8 +106,7 @@ def _open(work: Work) -> Any:
 
 def _texts(request: Request) -> tuple[str, ...]:
     """The texts that a request needs encoded: the negative prompt only where some step is guided."""
-    guided = {request.guidance_high, request.guidance_low, request.guidance_lead if request.lead_steps else 1} != {1}
-    return (request.prompt, request.negative_prompt) if guided else (request.prompt,)
+    return (request.prompt, request.negative_prompt) if request.guided else (request.prompt,)
 
 
 def _make(pipe: Pipe, pipeline: Any, output: Path, request: Request, flags: dict[str, Any]) -> None:
