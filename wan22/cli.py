@@ -248,9 +248,12 @@ def generate(
         reporter.warn(warning)
     target = Path(output) if output else None
     if dry_run:
-        request = pipeline.resolve(request)
-        name = target or next_free(pipeline.name(request, Path()))
-        describe(request, pipeline, name, extension, json_lines, mesh, shares)
+        if team.rank == 0:
+            request = pipeline.resolve(request)
+            name = target or next_free(pipeline.name(request, Path()))
+            describe(request, pipeline, name, extension, json_lines, mesh, shares)
+        if ranks:
+            ranks.part()
         return
     if not output and team.rank == 0:
         check_writable("video.mp4", if_exists="number", encoding=encoding)

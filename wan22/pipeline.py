@@ -117,8 +117,11 @@ class Pipeline:
         """model: a folder, `demo`, `owner/name` in the Hugging Face cache; nothing: the usual places. parts: files or
         folders, in any layout, for parts of it.
 
-        `device` and `dtype` are short for `Placement(device=…)` and `Precision(weights=…)`. Raises RequestError.
+        `device` and `dtype` are short for `Placement(device=…)` and `Precision(weights=…)`, and go with none of these.
+        Raises RequestError.
         """
+        if (precision and dtype != "auto") or (placement and device != "auto"):
+            raise RequestError("dtype goes with no precision, and device with no placement", hint="say it in that one")
         where = find_checkpoint(model) if model or not parts.need_no_base else None
         checkpoint = open_checkpoint(where, parts=parts)
         return cls(checkpoint, precision or Precision(dtype), placement or Placement(device))
