@@ -228,6 +228,21 @@ def test_generate_refuses_before_torch(tiny):
     assert (result.returncode, "it does not fit" in result.stderr) == (3, True), result.stderr
 
 
+def test_a_full_disk_is_told_before_torch(capsys, tmp_path, monkeypatch):
+    """But not where an unfinished run lies, which has its room."""
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", "--prompt", "x", "--device", "cpu", "--size", "64x64", "--frames", "5", "--steps", "2",
+             "--ckpt_dir", str(TINY), "--output", "new/v.mp4"]  # fmt: skip
+    usage = type(plan.shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: usage(1 << 40, 1 << 40, 1000))
+    assert cli.main(words) == 3
+    err = capsys.readouterr().err
+    assert f"error: {tmp_path / 'new'}: the video and its state need" in err
+    assert "0.0 MiB are free\nhint: free space" in err
+    (tmp_path / "other.state.safetensors").touch()
+    assert cli.main([*words[:-1], "v.mp4"]) == 0
+
+
 def test_text_is_narrow():
     for gpu in (None, 8, 24, 80):
         lines = as_text(made(gpu), SIZES["720p"], PUBLISHED).splitlines()

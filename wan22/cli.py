@@ -226,7 +226,9 @@ def generate(
     sizes = planning.Sizes.of(checkpoint)
     mesh, shares = planning.spread(request, placement, sizes, team)
     planning.require_gpus(placement, team)
-    planning.require_here(request, precise, placement, sizes, shares)
+    needs = planning.require_here(request, precise, placement, sizes, shares)
+    if team.rank == 0:
+        planning.require_disk(needs, Path(output or "video.mp4"))
     if mesh.world > team.world and not dry_run:
         raise typer.Exit(launching.launch(_running.words, mesh.world))
     from wan22.pipeline import Pipeline

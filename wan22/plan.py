@@ -3,9 +3,11 @@
 The arithmetic is sizes.py's and vae_sizes.py's; here are the placements side by side, and the choice.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from wan22.config import (
@@ -19,6 +21,7 @@ from wan22.config import (
     parse_bytes,
 )
 from wan22.machine import Room, gpu_memory, host_memory
+from wan22.output.names import STATE
 from wan22.several.launch import Team
 from wan22.several.mesh import Mesh, Shares, choose_mesh
 from wan22.sizes import (
@@ -194,6 +197,20 @@ def require_here(
     return require_any(request, precision, placement, sizes, *rooms(device=placement.device), shares)[0]
 
 
+def require_disk(plan: Plan, output: Path) -> None:
+    """Room for the video and its state beside it, where no run is to go on that has its own. Raises DoesNotFit."""
+    folder = output.absolute().parent
+    try:
+        if any(folder.glob(f"*{STATE}")):
+            return
+        room = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir()))
+    except (OSError, StopIteration):  # which writing will tell
+        return
+    if room.total and room.free < plan.disk_bytes:
+        said = f"{folder}: the video and its state need {mib(plan.disk_bytes)} of disk, {mib(room.free)} are free"
+        raise DoesNotFit(said, hint="free space, or name an --output on another disk")
+
+
 def require_any(
     request: Request, precision: Precision, placement: Placement, sizes: Sizes, gpu: Room | None, host: Room,
     shares: Shares,
@@ -305,6 +322,10 @@ def _lack(phases: dict[str, Terms], on_host: Terms, budget: int | None, host: Ro
 
 def gib(nbytes: float) -> str:
     return f"{nbytes / 2**30:.1f} GiB"
+
+
+def mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"
 
 
 # --- for people, and programs ----------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ It talks through a pipe, whatever that is made of: `send((kind, data))`, and `re
 | `failed` | error; may_pass: whether another try may go better; full: whether the disk is     |
 """
 
-import errno
 import os
 import secrets
 import time
@@ -23,7 +22,7 @@ from typing import Any, Protocol
 
 from wan22.config import DEFAULT_TASK, DiskFull, Request, RequestError, RunError, WanError
 from wan22.options import Base, read_checkpoint, read_encoding, read_placement, read_precision
-from wan22.output.names import exists
+from wan22.output.names import DISK_FULL, exists
 from wan22.report import Reporter
 
 
@@ -133,7 +132,7 @@ def _make(pipe: Pipe, pipeline: Any, output: Path, request: Request, flags: dict
     except (EOFError, BrokenPipeError):
         raise
     except OSError as error:  # of a folder or disk, and no reason to load the weights again
-        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+        full = error.errno in DISK_FULL
         said = "the disk is full" if full else error.strerror or str(error)
         pipe.send(("failed", {"error": f"{error.filename or output}: {said}", "may_pass": True, "full": full}))
     except Exception as error:
