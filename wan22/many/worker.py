@@ -15,6 +15,7 @@ It talks through a pipe, whatever that is made of: `send((kind, data))`, and `re
 
 import os
 import secrets
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,21 +54,25 @@ class Work:
 
 
 class _PipeReporter(Reporter):
-    """Sends steps and warnings to the parent."""
+    """Sends steps and warnings to the parent, one at a time: a preview's thread may warn while the run tells a step."""
 
     def __init__(self, pipe: Pipe) -> None:
         super().__init__()
-        self._pipe = pipe
+        self._pipe, self._one_at_a_time = pipe, threading.Lock()
 
     def note(self, text: str, **data: Any) -> None:
         if data:
-            self._pipe.send(("event", {"event": "note", "text": text, **data}))
+            self._tell("note", text=text, **data)
 
     def warn(self, text: str) -> None:
-        self._pipe.send(("event", {"event": "warning", "text": text}))
+        self._tell("warning", text=text)
 
     def step(self, index: int, expert: str, timestep: float) -> None:
-        self._pipe.send(("event", {"event": "step", "step": index + 1, "timestep": timestep, "expert": expert}))
+        self._tell("step", step=index + 1, timestep=timestep, expert=expert)
+
+    def _tell(self, event: str, **data: Any) -> None:
+        with self._one_at_a_time:
+            self._pipe.send(("event", {"event": event, **data}))
 
 
 def live(pipe: Pipe, work: Work) -> None:
