@@ -17,10 +17,11 @@ from wan22.load import empty_expert
 from wan22.lora import Adapters
 from wan22.machine import Room
 from wan22.model import TransformerConfig, WanTransformer
+from wan22.pipeline import Pipeline
 from wan22.plan import as_text, make_plan, pick_tiles, require
 from wan22.residency.memory import Memory
 from wan22.several.mesh import Shares
-from wan22.sizes import Sizes, block_moments, lasting_terms, total, weight_terms
+from wan22.sizes import Sizes, block_moments, lasting_terms, reading_terms, total, weight_terms
 
 GIB = 1 << 30
 PUBLISHED = Sizes.published()
@@ -241,6 +242,18 @@ def test_a_full_disk_is_told_before_torch(capsys, tmp_path, monkeypatch):
     assert "0.0 MiB are free\nhint: free space" in err
     (tmp_path / "other.state.safetensors").touch()
     assert cli.main([*words[:-1], "v.mp4"]) == 0
+
+
+def test_reading_early_needs_room_to_quantize_in():
+    pipe = Pipeline(open_checkpoint(TINY), Precision("int8"), Placement("cpu"))
+    request = replace(SIZES["480p"], width=64, height=64, num_frames=5)
+    made = pipe.plan(request)
+    sizes = pipe.sizes.at(pipe.precision)
+    weights = made.chosen.peak("text") + sizes.expert_bytes(2) + plan.HOST_BASE["cpu"]
+    quantizing = total(reading_terms(request, sizes, 2))
+    assert quantizing > 0
+    for free, room in ((weights + quantizing - 1, False), (weights + quantizing, True)):
+        assert pipe._room_beside_text(request, replace(made, host=Room(HOST.total, free))) is room
 
 
 def test_text_is_narrow():

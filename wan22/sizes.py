@@ -151,6 +151,13 @@ def lasting_terms(request: Request, sizes: Sizes, item: int) -> Terms:
         "keys and values of prompts": _branches(request) * sizes.num_layers * 2 * sizes.text_len * sizes.dim * item,
         "latents and solver": SOLVER_COPIES * 4 * prod(request.latent_shape),
         "rotary table": 2 * 4 * tokens_of(request) * 64,
+        **reading_terms(request, sizes, item),
+    }
+
+
+def reading_terms(request: Request, sizes: Sizes, item: int) -> Terms:
+    """Beside an expert's weights while they are read."""
+    return {
         # A block on its way to the host's memory is merged on the device, its largest tensor in float32 beside it.
         **({"merging adapters": sizes.block_bytes(item) + 4 * sizes.ffn_dim * sizes.dim} if request.loras else {}),
         # And quantized: the float32 numbers, their quotients, and the 8-bit ones.
