@@ -503,6 +503,7 @@ def describe(
         + planning.describe(plan),
         "attention": pipeline.precision.attention,
         **({"step cache": pipeline.precision.step_cache} if pipeline.precision.step_cache else {}),
+        **({"VAE": pipeline.precision.vae} if pipeline.precision.vae != Precision.vae else {}),
         "device": str(pipeline.device) if mesh.world == 1 else f"{mesh.world} of {pipeline.device.type}: {mesh}",
         "output": str(target),
     }
