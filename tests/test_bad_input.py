@@ -82,6 +82,7 @@ def refused(capsys, words, *expected, code=2):
         (["--from", "nowhere.mp4"], ["nowhere.mp4"]),
         (["--ckpt_dir", "nowhere"], ["--ckpt_dir", "nowhere", "wan22 download"]),
         (["--model", "nowhere/there"], ["nowhere/there"]),
+        (["--model", "demo", "--ckpt_dir", "nowhere"], ["--model and --ckpt_dir both"]),
         (["--output", "video.docx"], ["video.docx"]),
         (["--output", "/proc/nowhere/video.mp4"], ["/proc/nowhere"]),
     ],

@@ -19,7 +19,7 @@ from conftest import ROOT, TINY
 from wan22 import batch, cli, cli_many
 from wan22.config import Request, RequestError
 from wan22.many import journal
-from wan22.many.items import parse_seeds, read_items, split_line
+from wan22.many.items import Item, parse_seeds, read_items, recorded_attention, split_line
 from wan22.many.local import LocalEngine
 from wan22.many.worker import Work
 from wan22.options import Base
@@ -205,6 +205,24 @@ def test_a_batch(tmp_path, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (len(found["done"]), len(found["failed"]), found["seconds_left"]) == (2, 0, None)
     assert cli.main(["status", str(tmp_path)]) == 2
+
+
+def test_a_folder_is_made_again_with_its_own_attention(tmp_path, monkeypatch):
+    """On a GPU `auto` is decided in the worker, and a record names what it came to."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("one\n")
+    assert cli.main(["batch", "p.txt", *SMALL, "--attention", "math"]) == 0
+    assert cli.main(["batch", "p-videos", "--ckpt_dir", str(TINY), "--output", "again"]) == 0
+    first, second = (next((tmp_path / folder).glob("*.mp4")) for folder in ("p-videos", "again"))
+    assert read_record(first)["precision"]["attention"] == "math"
+    assert first.read_bytes() == second.read_bytes()
+
+    def items(*names):
+        return [Item("", Request("x"), name and {"precision": {"attention": name}}) for name in names]
+
+    assert recorded_attention(items("fa3", "fa3")) == "fa3"
+    for none in (("fa3", "cudnn"), ("fa3", None), (None,), ("made up",), ()):
+        assert recorded_attention(items(*none)) is None
 
 
 def test_two_batches_share_a_folder_and_a_worker_is_killed(tmp_path):

@@ -81,6 +81,13 @@ def test_8_bits(run):
     assert next(row for row in rows if row["kind"] == "forward")["finite"]
 
 
+def test_numbers_that_are_none_are_no_success(run, monkeypatch):
+    context = bench.random_context
+    monkeypatch.setattr(bench, "random_context", lambda *of: torch.full_like(context(*of), torch.nan))
+    code, out, err = run("--quick")
+    assert (code, "VELOCITY NOT FINITE" in out, "not finite" in err) == (1, True, True)
+
+
 @pytest.mark.slow
 def test_compiled(run):
     code, out, _ = run("--quick", "--json", "--against", "diffusers")

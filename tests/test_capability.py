@@ -75,6 +75,12 @@ def test_flags_over_a_preset_over_a_base(monkeypatch):
     assert read(precision="fast") == Precision("fp8", "int8", scope="all", **cache, **vae)
     assert read(precision="fast", step_cache=0.0, scope="ffn") == Precision("fp8", "int8", scope="ffn", **vae)
     assert read(precision="fast", dtype="bf16") == Precision("bf16", "int8", **cache, **vae)
+    # The published flag casts experts to bf16, which 8-bit products are beside.
+    assert read(convert_model_dtype=True) == Precision("bf16")
+    assert read(precision="high", convert_model_dtype=True) == read(precision="high")
+    assert read(dtype="int8", convert_model_dtype=True) == read(dtype="int8")
+    with pytest.raises(RequestError, match="contradict"):
+        read(dtype="float32", convert_model_dtype=True)
     base = options.Base({}, {"weights": "fp8", "scope": "all", "attention": "fa3"}, {})
     assert read(base) == Precision("fp8", "fa3", scope="all")
     assert read(base, dtype="float32") == Precision("float32", "fa3")

@@ -194,6 +194,9 @@ def test_library(elsewhere):
     assert result.save("out.mp4").is_file()
     with pytest.raises(RequestError, match=r"out\.mp4"):
         result.save("out.mp4")
+    for both in ({"device": "cpu", "placement": Placement()}, {"dtype": "bf16", "precision": Precision()}):
+        with pytest.raises(RequestError, match="goes with no"):
+            Pipeline.from_pretrained(str(TINY), **both)
     again = pipe.generate(result.request)
     assert (again.latents == result.latents).all()
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from wan22.load import empty_expert
 from wan22.lora import Adapters
 from wan22.machine import Room
 from wan22.model import TransformerConfig, WanTransformer
+from wan22.pipeline import Pipeline
 from wan22.plan import as_text, make_plan, pick_tiles, require
 from wan22.residency.memory import Memory
-from wan22.sizes import Sizes, block_moments, lasting_terms, total, weight_terms
+from wan22.several.mesh import Shares
+from wan22.sizes import Sizes, block_moments, lasting_terms, reading_terms, total, weight_terms
 
 GIB = 1 << 30
 PUBLISHED = Sizes.published()
@@ -30,6 +33,25 @@ SIZES = {"720p": Request("x"), "480p": Request("x", width=832, height=480)}
 def made(gpu, host=HOST, request=SIZES["720p"], **placement):
     room = Room(CARD, int(gpu * GIB), "a card") if gpu else None
     return make_plan(request, Precision("bf16"), Placement(**placement), PUBLISHED, room, host)
+
+
+def test_both_branches_count_wherever_there_is_guidance():
+    name, plain = "keys and values of prompts", Request("x", guidance_high=1.0, guidance_low=1.0)
+    one = lasting_terms(plain, PUBLISHED, 2)[name]
+    for request in (
+        replace(plain, lead_steps=3), replace(plain, guidance_low=2.0), replace(plain, guidance_high=0.5), Request("x")
+    ):
+        assert lasting_terms(request, PUBLISHED, 2)[name] == 2 * one
+    assert lasting_terms(replace(plain, lead_steps=3, guidance_lead=1.0), PUBLISHED, 2)[name] == one
+
+
+def test_what_would_fit_is_asked_for_each_of_several():
+    card, host = Room(CARD, 40 * GIB, "a card"), Room(HOST.total, 30 * GIB)
+    asked = SIZES["720p"], Precision("float32"), Placement(), PUBLISHED, card, host
+    assert require(*asked).chosen  # by one, from disk
+    with pytest.raises(DoesNotFit) as refused:
+        require(*asked, Shares(world=4, sequence=2, processes=4))
+    assert refused.value.hint == "no size of video would fit; see: wan22 plan"
 
 
 def test_published_sizes():
@@ -205,6 +227,33 @@ def test_generate_refuses_before_torch(tiny):
     words = ["generate", "--prompt", "x", "--device", "cpu", "--ckpt_dir", str(TINY)]
     result = python(script, *words)
     assert (result.returncode, "it does not fit" in result.stderr) == (3, True), result.stderr
+
+
+def test_a_full_disk_is_told_before_torch(capsys, tmp_path, monkeypatch):
+    """But not where an unfinished run lies, which has its room."""
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", "--prompt", "x", "--device", "cpu", "--size", "64x64", "--frames", "5", "--steps", "2",
+             "--ckpt_dir", str(TINY), "--output", "new/v.mp4"]  # fmt: skip
+    usage = type(plan.shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: usage(1 << 40, 1 << 40, 1000))
+    assert cli.main(words) == 3
+    err = capsys.readouterr().err
+    assert f"error: {tmp_path / 'new'}: the video and its state need" in err
+    assert "0.0 MiB are free\nhint: free space" in err
+    (tmp_path / "other.state.safetensors").touch()
+    assert cli.main([*words[:-1], "v.mp4"]) == 0
+
+
+def test_reading_early_needs_room_to_quantize_in():
+    pipe = Pipeline(open_checkpoint(TINY), Precision("int8"), Placement("cpu"))
+    request = replace(SIZES["480p"], width=64, height=64, num_frames=5)
+    made = pipe.plan(request)
+    sizes = pipe.sizes.at(pipe.precision)
+    weights = made.chosen.peak("text") + sizes.expert_bytes(2) + plan.HOST_BASE["cpu"]
+    quantizing = total(reading_terms(request, sizes, 2))
+    assert quantizing > 0
+    for free, room in ((weights + quantizing - 1, False), (weights + quantizing, True)):
+        assert pipe._room_beside_text(request, replace(made, host=Room(HOST.total, free))) is room
 
 
 def test_text_is_narrow():

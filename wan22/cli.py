@@ -226,7 +226,9 @@ def generate(
     sizes = planning.Sizes.of(checkpoint)
     mesh, shares = planning.spread(request, placement, sizes, team)
     planning.require_gpus(placement, team)
-    planning.require_here(request, precise, placement, sizes, shares)
+    needs = planning.require_here(request, precise, placement, sizes, shares)
+    if team.rank == 0:
+        planning.require_disk(needs, Path(output or "video.mp4"))
     if mesh.world > team.world and not dry_run:
         raise typer.Exit(launching.launch(_running.words, mesh.world))
     from wan22.pipeline import Pipeline
@@ -248,9 +250,12 @@ def generate(
         reporter.warn(warning)
     target = Path(output) if output else None
     if dry_run:
-        request = pipeline.resolve(request)
-        name = target or next_free(pipeline.name(request, Path()))
-        describe(request, pipeline, name, extension, json_lines, mesh, shares)
+        if team.rank == 0:
+            request = pipeline.resolve(request)
+            name = target or next_free(pipeline.name(request, Path()))
+            describe(request, pipeline, name, extension, json_lines, mesh, shares)
+        if ranks:
+            ranks.part()
         return
     if not output and team.rank == 0:
         check_writable("video.mp4", if_exists="number", encoding=encoding)
@@ -498,6 +503,7 @@ def describe(
         + planning.describe(plan),
         "attention": pipeline.precision.attention,
         **({"step cache": pipeline.precision.step_cache} if pipeline.precision.step_cache else {}),
+        **({"VAE": pipeline.precision.vae} if pipeline.precision.vae != Precision.vae else {}),
         "device": str(pipeline.device) if mesh.world == 1 else f"{mesh.world} of {pipeline.device.type}: {mesh}",
         "output": str(target),
     }

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wan22.config import RequestError
+from wan22.config import RequestError, RunError
 from wan22.options import (
     Base,
     make_request,
@@ -86,8 +86,12 @@ def bench(
         as_text = bench_memory.as_text
         if not as_json:
             print(bench_memory.HEAD, flush=True)
+    finite = True
     for row in measured:
         print(json.dumps(row) if as_json else as_text(row), flush=True)
+        finite = finite and row.get("finite", True)
+    if not finite:
+        raise RunError("the velocity is not finite numbers: what was measured counts for nothing")
 
 
 def model_named(flags: dict[str, Any]) -> bool:

@@ -75,7 +75,7 @@ def batch(
         raise RequestError("--seeds goes with neither --seed nor --repeat", hint="give one of them")
     from wan22 import batch as library
     from wan22.many.gallery import write_gallery
-    from wan22.many.items import parse_seeds, read_items
+    from wan22.many.items import parse_seeds, read_items, recorded_attention
     from wan22.many.worker import Work
 
     source, base = Path(file), read_base(flags)
@@ -84,6 +84,8 @@ def batch(
     parse = functools.partial(parse_line, context.find_root().command)
     items, bad = read_items(source, flags, base, checkpoint, parse,
                             seeds=parse_seeds(seeds) if seeds else [], repeat=repeat)  # fmt: skip
+    if flags["attention"] is None:
+        flags["attention"] = recorded_attention(items)
     items, bad = items[part::parts], bad if part == 0 else []
     folder = Path(output or f"{source.resolve().stem}-videos")
     check_writable(folder / "video.mp4", if_exists="number", encoding=read_encoding(flags, base))

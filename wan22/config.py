@@ -294,6 +294,12 @@ class Request(_Settings):
         frames = (self.num_frames - 1) // spec.temporal_stride + 1
         return spec.latent_channels, frames, self.height // spec.spatial_stride, self.width // spec.spatial_stride
 
+    @property
+    def guided(self) -> bool:
+        """Whether some step may have guidance, and with it two branches."""
+        lead = {self.guidance_lead} if self.lead_steps else set()
+        return {self.guidance_high, self.guidance_low} | lead != {1}
+
     def warnings(self) -> list[str]:
         """What is allowed and known to disappoint."""
         if self.num_frames > self.spec.trained_frames:

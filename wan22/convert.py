@@ -32,8 +32,8 @@ from wan22.files.layouts import Published
 from wan22.files.reading import ITEM_BYTES, torch_dtypes
 from wan22.files.tensor_files import TensorSource
 from wan22.load import empty_expert
-from wan22.network.target import DISK_FULL, NOT_WRITABLE
-from wan22.output.names import sync
+from wan22.network.target import NOT_WRITABLE
+from wan22.output.names import DISK_FULL, sync
 from wan22.text_encoder import check_text_encoder
 from wan22.vae import check_vae
 

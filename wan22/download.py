@@ -26,8 +26,9 @@ from tqdm import tqdm
 from wan22.config import DoesNotFit, RequestError, RunError
 from wan22.network import verify
 from wan22.network.hub import Hub, Patience, XetFailed
-from wan22.network.target import DISK_FULL, GOING_ON, NOT_WRITABLE, Target
+from wan22.network.target import GOING_ON, NOT_WRITABLE, Target
 from wan22.network.verify import PUBLISHED, CheckReport, KnownFile, Record, human
+from wan22.output.names import DISK_FULL
 
 
 @dataclass(frozen=True)

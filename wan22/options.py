@@ -106,7 +106,12 @@ def read_precision(flags: Flags, base: Base, imagined: Capability | None = None)
     if name:
         device = flags["device"] or base.placement.get("device", "auto")
         table |= preset(name, capability_of(device) or imagined)
-    weights = flags["dtype"] or ("bf16" if flags["convert_model_dtype"] else None)
+    weights = flags["dtype"]
+    if flags["convert_model_dtype"]:  # bf16 is what 8-bit products are beside, so these stay
+        if weights == "float32":
+            raise RequestError("--convert_model_dtype and --dtype float32 contradict each other")
+        if not weights and table.get("weights") not in EIGHT_BIT:
+            weights = "bf16"
     if weights and weights not in EIGHT_BIT:
         table.pop("scope", None)  # of the preset's or file's 8-bit products, which are not wanted
     asked = given(weights=weights, attention=flags["attention"], scope=flags["scope"], step_cache=flags["step_cache"],
@@ -148,7 +153,7 @@ def read_checkpoint(flags: Flags, base: Base, task: str) -> Checkpoint:
     """The checkpoint that the flags name, opened; no weight is read. Raises RequestError."""
     parts = Parts(*(flags[name] for name in ("high_noise", "low_noise", "text_encoder", "vae", "tokenizer")))
     ckpt_dir = flags["ckpt_dir"]
-    model = None if ckpt_dir else base.model or flags["model"]
+    model = flags["model"] or (None if ckpt_dir else base.model)
     where = find_checkpoint(model, ckpt_dir) if model or ckpt_dir or not parts.need_no_base else None
     return open_checkpoint(where, task, parts)
 

@@ -47,6 +47,7 @@ from wan22.several.launch import refuse_sharded
 from wan22.several.mesh import Shares
 from wan22.several.vae_parallel import decode_together
 from wan22.several.watch import ticking
+from wan22.sizes import reading_terms, total
 from wan22.state import Follower, RunState, begin_automatic, begin_given, read_state
 from wan22.step_cache import StepCache
 from wan22.text_encoder import Tokenizer, check_text_encoder, encode_all
@@ -117,8 +118,11 @@ class Pipeline:
         """model: a folder, `demo`, `owner/name` in the Hugging Face cache; nothing: the usual places. parts: files or
         folders, in any layout, for parts of it.
 
-        `device` and `dtype` are short for `Placement(device=…)` and `Precision(weights=…)`. Raises RequestError.
+        `device` and `dtype` are short for `Placement(device=…)` and `Precision(weights=…)`, and go with none of these.
+        Raises RequestError.
         """
+        if (precision and dtype != "auto") or (placement and device != "auto"):
+            raise RequestError("dtype goes with no precision, and device with no placement", hint="say it in that one")
         where = find_checkpoint(model) if model or not parts.need_no_base else None
         checkpoint = open_checkpoint(where, parts=parts)
         return cls(checkpoint, precision or Precision(dtype), placement or Placement(device))
@@ -270,7 +274,7 @@ class Pipeline:
         if self.ranks:
             reporter.note(self.ranks.describe())
         cold = self.experts.first_ready is None
-        if not begun and self._room_beside_text(plan):
+        if not begun and self._room_beside_text(request, plan):
             # Nearly always the first one's turn; reading takes longer than all that is imported and encoded meanwhile.
             self.experts.begin(request.spec.experts[0], first_loras(request))
         steps = plan_steps(request)
@@ -309,12 +313,13 @@ class Pipeline:
             raise RunError("the latents are not finite numbers", hint="check the files: wan22 download --check FOLDER")
         return latents.cpu()
 
-    def _room_beside_text(self, plan: Plan) -> bool:
-        """Whether an expert may come while the text encoder is still there."""
+    def _room_beside_text(self, request: Request, plan: Plan) -> bool:
+        """Whether an expert may come, and what reading it takes, while the text encoder is still there."""
         assert plan.chosen
         shares = self.ranks.shares() if self.ranks else Shares()
-        expert = self.sizes.at(self.precision).expert_bytes(self.dtype.itemsize)
-        needs = plan.chosen.peak("text") + -(-expert // shares.shards)
+        sizes, item = self.sizes.at(self.precision), self.dtype.itemsize
+        needs = plan.chosen.peak("text") + -(-sizes.expert_bytes(item) // shares.shards)
+        needs += total(reading_terms(request, sizes, item))
         if plan.gpu:
             return needs + GPU_RESERVE + (shares.world > 1) * COMMUNICATORS <= plan.gpu_free
         return shares.processes * (needs + HOST_BASE["cpu"]) <= plan.host.free

@@ -3,9 +3,11 @@
 The arithmetic is sizes.py's and vae_sizes.py's; here are the placements side by side, and the choice.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from wan22.config import (
@@ -19,6 +21,7 @@ from wan22.config import (
     parse_bytes,
 )
 from wan22.machine import Room, gpu_memory, host_memory
+from wan22.output.names import STATE
 from wan22.several.launch import Team
 from wan22.several.mesh import Mesh, Shares, choose_mesh
 from wan22.sizes import (
@@ -168,7 +171,7 @@ def require(
     asked = next((o for o in plan.options if o.residency.kind == placement.offload), plan.options[-1])
     has = f"{gib(host.free)} of host memory" + (f", {gib(plan.gpu_free)} of GPU memory" if plan.gpu else "")
     raise DoesNotFit(f"it does not fit: {asked.residency.kind}: {asked.lacks}; free: {has}",
-                     hint=_what_would_fit(plan, request, precision, placement, sizes))  # fmt: skip
+                     hint=_what_would_fit(plan, request, precision, placement, sizes, shares))  # fmt: skip
 
 
 def rooms(gpu: str | None = None, host: str | None = None, device: str = "auto") -> tuple[Room | None, Room]:
@@ -192,6 +195,20 @@ def require_here(
 ) -> Plan:  # fmt: skip
     """`require_any` on this machine, before torch is imported. Raises DoesNotFit."""
     return require_any(request, precision, placement, sizes, *rooms(device=placement.device), shares)[0]
+
+
+def require_disk(plan: Plan, output: Path) -> None:
+    """Room for the video and its state beside it, where no run is to go on that has its own. Raises DoesNotFit."""
+    folder = output.absolute().parent
+    try:
+        if any(folder.glob(f"*{STATE}")):
+            return
+        room = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir()))
+    except (OSError, StopIteration):  # which writing will tell
+        return
+    if room.total and room.free < plan.disk_bytes:
+        said = f"{folder}: the video and its state need {mib(plan.disk_bytes)} of disk, {mib(room.free)} are free"
+        raise DoesNotFit(said, hint="free space, or name an --output on another disk")
 
 
 def require_any(
@@ -228,9 +245,8 @@ def spread(
     world = placement.gpus or team.world
     if world == 1:
         return Mesh(), Shares()
-    guided = [request.guidance_high, request.guidance_low, request.guidance_lead if request.lead_steps else 1]
     local = team.local_world if team.world > 1 else world
-    mesh = choose_mesh(world, local, sizes.num_heads, tokens_of(request), any(guidance != 1 for guidance in guided),
+    mesh = choose_mesh(world, local, sizes.num_heads, tokens_of(request), request.guided,
                        placement.ulysses_size, placement.ring_size)  # fmt: skip
     experts, text = (world if sharded else 1 for sharded in (placement.dit_fsdp, placement.t5_fsdp))
     return mesh, Shares(world, mesh.sequence, experts, text, local)
@@ -244,14 +260,16 @@ def describe(plan: Plan) -> str:
     return f"--offload {chosen.residency.kind}: {needs if plan.gpu else gib(chosen.host_bytes)}"
 
 
-def _what_would_fit(plan: Plan, request: Request, precision: Precision, placement: Placement, sizes: Sizes) -> str:
+def _what_would_fit(
+    plan: Plan, request: Request, precision: Precision, placement: Placement, sizes: Sizes, shares: Shares
+) -> str:
     """Another placement, or a smaller video."""
     if other := next((option for option in plan.options if not option.lacks), None):
         return f"this would fit: --offload {other.residency.kind}, or --offload auto"
     for width, height, frames in SMALLER:
         smaller = replace(request, width=width, height=height, num_frames=min(frames, request.num_frames))
         if tokens_of(smaller) < tokens_of(request) and make_plan(
-            smaller, precision, replace(placement, offload="auto"), sizes, plan.gpu, plan.host
+            smaller, precision, replace(placement, offload="auto"), sizes, plan.gpu, plan.host, shares=shares
         ).chosen:
             return f"this would fit: --size {width}x{height} --frames {smaller.num_frames}"
     return "no size of video would fit; see: wan22 plan"
@@ -304,6 +322,10 @@ def _lack(phases: dict[str, Terms], on_host: Terms, budget: int | None, host: Ro
 
 def gib(nbytes: float) -> str:
     return f"{nbytes / 2**30:.1f} GiB"
+
+
+def mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"
 
 
 # --- for people, and programs ----------------------------------------------------------------------------------------

@@ -88,7 +88,9 @@ def read_quantized(state: Mapping[str, Tensor], read: Callable[[dict[str, Tensor
     if plain := {name: target for name, target in state.items() if name not in names}:
         read(plain)
     for group in _groups(scaled, state):
-        room = torch.empty(sum(state[name].numel() for name in group), device=state[group[0]].device)
+        # In float32 whatever torch's default is just then: this may run beside a library that changes it for a moment.
+        room = torch.empty(sum(state[name].numel() for name in group), dtype=torch.float32,
+                           device=state[group[0]].device)  # fmt: skip
         parts = room.split([state[name].numel() for name in group])
         whole = {name: part.view_as(state[name]) for name, part in zip(group, parts, strict=True)}
         read(whole)

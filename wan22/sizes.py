@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Self
 
-from wan22.config import CHUNK_TOKENS, Precision, Request, Residency, configs_dir
+from wan22.config import CHUNK_TOKENS, DEFAULT_TASK, MODEL_SPECS, Precision, Request, Residency, configs_dir
 
 if TYPE_CHECKING:
     from wan22.checkpoint import Checkpoint
@@ -37,7 +37,7 @@ class Sizes:
     vae_width: int
     files: int
     num_heads: int
-    text_len: int = 512
+    text_len: int = MODEL_SPECS[DEFAULT_TASK].text_len
     eight_bit: int = 0  # of the block's elements
     scales: int = 0  # float32 numbers beside them: one an output channel
 
@@ -151,6 +151,13 @@ def lasting_terms(request: Request, sizes: Sizes, item: int) -> Terms:
         "keys and values of prompts": _branches(request) * sizes.num_layers * 2 * sizes.text_len * sizes.dim * item,
         "latents and solver": SOLVER_COPIES * 4 * prod(request.latent_shape),
         "rotary table": 2 * 4 * tokens_of(request) * 64,
+        **reading_terms(request, sizes, item),
+    }
+
+
+def reading_terms(request: Request, sizes: Sizes, item: int) -> Terms:
+    """Beside an expert's weights while they are read."""
+    return {
         # A block on its way to the host's memory is merged on the device, its largest tensor in float32 beside it.
         **({"merging adapters": sizes.block_bytes(item) + 4 * sizes.ffn_dim * sizes.dim} if request.loras else {}),
         # And quantized: the float32 numbers, their quotients, and the 8-bit ones.
@@ -170,7 +177,7 @@ def cache_terms(
 
 
 def _branches(request: Request) -> int:
-    return 2 if max(request.guidance_high, request.guidance_low) != 1 else 1
+    return 2 if request.guided else 1
 
 
 def tokens_of(request: Request) -> int:

@@ -8,7 +8,6 @@ A run holds a claim (claim.py) on its output's name, so that two processes never
 """
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -22,7 +21,18 @@ from typing import TYPE_CHECKING, Any, Self
 from wan22.config import RequestError
 from wan22.files.tensor_files import read_header
 from wan22.many import claim
-from wan22.output.names import CLAIM, PREVIEW, STATE, beside, exists, numbered, staging_prefix, sync, sync_entry
+from wan22.output.names import (
+    CLAIM,
+    DISK_FULL,
+    PREVIEW,
+    STATE,
+    beside,
+    exists,
+    numbered,
+    staging_prefix,
+    sync,
+    sync_entry,
+)
 from wan22.output.record import read_record
 
 if TYPE_CHECKING:
@@ -270,8 +280,7 @@ class RunState:
             sync_entry(self.path)
             self.saved, self.trouble = progress.done, None
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
-            self.trouble = "the disk is full" if full else error.strerror or str(error)
+            self.trouble = "the disk is full" if error.errno in DISK_FULL else error.strerror or str(error)
         except RuntimeError as error:  # a GPU that is no more
             self.trouble = str(error).partition("\n")[0]
         if self.trouble:

@@ -15,7 +15,6 @@ How the record is stored and found again is record.py's. Legend: `F` pixel frame
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from wan22.config import DiskFull, Encoding, RequestError, RunError
 from wan22.output.names import (
+    DISK_FULL,
     beside,
     exists,
     is_empty_folder,
@@ -454,8 +454,7 @@ def _reporting(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
-        raise _run_error(path, _SAYS_FULL[0] if full else error.strerror or str(error)) from error
+        raise _run_error(path, _SAYS_FULL[0] if error.errno in DISK_FULL else error.strerror or str(error)) from error
 
 
 def _check_ours(folder: Path) -> None:

@@ -228,6 +228,9 @@ def test_torchrun_as_published(whole, tmp_path):
     assert done.stdout.split() == ["v.mp4"]
     assert "ulysses × 2; experts and text encoder sharded" in done.stderr
     assert (load_file(tmp_path / "v.latents.safetensors")["latents"] - whole).abs().max() < 1e-4
+    done = processes(*published[:-1], "w.mp4", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("output")] == [f"{'output':<12}w.mp4"]
     done = processes(*published[:-1], "w.mp4", "--ring_size", "3", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("error: --ring_size 3: does not divide 2 processes") == 1

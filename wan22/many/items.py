@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from wan22.checkpoint import Checkpoint
-from wan22.config import Request, RequestError, WanError, digest
+from wan22.config import ATTENTIONS, Request, RequestError, WanError, digest
 from wan22.options import Base, Flags, make_request, read_any_record, read_request
 
 Parse = Callable[[list[str]], dict[str, Any]]  # words of a command line → the flags given; raises what it likes
@@ -83,6 +83,13 @@ def read_items(
     if not items and not bad:
         raise RequestError(f"{source}: there is nothing in it to make")
     return list({item.request: item for item in reversed(items)}.values())[::-1], bad  # the first of those alike
+
+
+def recorded_attention(items: list[Item]) -> str | None:
+    """The attention backend of earlier videos, where all items are such and had one: `auto` might take another."""
+    precisions = [(item.record or {}).get("precision") for item in items]
+    found = {precision.get("attention") if isinstance(precision, dict) else None for precision in precisions}
+    return next((name for name in ATTENTIONS if found == {name}), None)
 
 
 def _seeded(request: Request, seeds: list[int], repeat: int, seen: Counter[str]) -> Iterator[Request]:

@@ -13,9 +13,9 @@ It talks through a pipe, whatever that is made of: `send((kind, data))`, and `re
 | `failed` | error; may_pass: whether another try may go better; full: whether the disk is     |
 """
 
-import errno
 import os
 import secrets
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from wan22.config import DEFAULT_TASK, DiskFull, Request, RequestError, RunError, WanError
 from wan22.options import Base, read_checkpoint, read_encoding, read_placement, read_precision
-from wan22.output.names import exists
+from wan22.output.names import DISK_FULL, exists
 from wan22.report import Reporter
 
 
@@ -54,21 +54,25 @@ class Work:
 
 
 class _PipeReporter(Reporter):
-    """Sends steps and warnings to the parent."""
+    """Sends steps and warnings to the parent, one at a time: a preview's thread may warn while the run tells a step."""
 
     def __init__(self, pipe: Pipe) -> None:
         super().__init__()
-        self._pipe = pipe
+        self._pipe, self._one_at_a_time = pipe, threading.Lock()
 
     def note(self, text: str, **data: Any) -> None:
         if data:
-            self._pipe.send(("event", {"event": "note", "text": text, **data}))
+            self._tell("note", text=text, **data)
 
     def warn(self, text: str) -> None:
-        self._pipe.send(("event", {"event": "warning", "text": text}))
+        self._tell("warning", text=text)
 
     def step(self, index: int, expert: str, timestep: float) -> None:
-        self._pipe.send(("event", {"event": "step", "step": index + 1, "timestep": timestep, "expert": expert}))
+        self._tell("step", step=index + 1, timestep=timestep, expert=expert)
+
+    def _tell(self, event: str, **data: Any) -> None:
+        with self._one_at_a_time:
+            self._pipe.send(("event", {"event": event, **data}))
 
 
 def live(pipe: Pipe, work: Work) -> None:
@@ -106,8 +110,7 @@ def _open(work: Work) -> Any:
 
 def _texts(request: Request) -> tuple[str, ...]:
     """The texts that a request needs encoded: the negative prompt only where some step is guided."""
-    guided = {request.guidance_high, request.guidance_low, request.guidance_lead if request.lead_steps else 1} != {1}
-    return (request.prompt, request.negative_prompt) if guided else (request.prompt,)
+    return (request.prompt, request.negative_prompt) if request.guided else (request.prompt,)
 
 
 def _make(pipe: Pipe, pipeline: Any, output: Path, request: Request, flags: dict[str, Any]) -> None:
@@ -134,7 +137,7 @@ def _make(pipe: Pipe, pipeline: Any, output: Path, request: Request, flags: dict
     except (EOFError, BrokenPipeError):
         raise
     except OSError as error:  # of a folder or disk, and no reason to load the weights again
-        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+        full = error.errno in DISK_FULL
         said = "the disk is full" if full else error.strerror or str(error)
         pipe.send(("failed", {"error": f"{error.filename or output}: {said}", "may_pass": True, "full": full}))
     except Exception as error:

@@ -14,8 +14,8 @@ from huggingface_hub.utils import WeakFileLock
 
 from wan22.config import DoesNotFit, RequestError, RunError, WanError
 from wan22.network.verify import KnownFile, human, state_dir
+from wan22.output.names import DISK_FULL
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 GOING_ON = "what came is kept: run the same command again and it goes on from there"
 

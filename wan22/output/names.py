@@ -19,6 +19,8 @@ _PROMPT_LENGTH = 80  # bytes: leaves room for digest and suffixes, and on Window
 _RESERVED = re.compile(r"con|prn|aux|nul|conin|conout|clock|com[0-9¹²³]|lpt[0-9¹²³]", re.IGNORECASE)
 
 
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # what an OSError says of it
+
 # Choosing a name ---------------------------------------------------------------------------------------------------
 
 
