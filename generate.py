@@ -1,8 +1,6 @@
 """The published command line, word for word: `python generate.py --task t2v-A14B …` is `wan22 generate …`."""
 
-import sys
-
-from wan22.cli import main
+from wan22.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["generate", *sys.argv[1:]]))
+    entry("generate")

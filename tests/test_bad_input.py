@@ -46,6 +46,9 @@ def refused(capsys, words, *expected, code=2):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
+        (["--prompt", "a \udcff"], ["--prompt", "character 3", "UTF-8"]),
+        (["--negative-prompt", "\ud800"], ["--negative-prompt"]),
+        (["--lora", "\udcff.safetensors"], ["--lora"]),
         (["--frames", "80"], ["--frames", "80", "77 and 81"]),
         (["--frames", "0"], ["--frames"]),
         (["--frames", "-3"], ["--frames"]),

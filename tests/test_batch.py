@@ -83,17 +83,18 @@ def test_tables(tmp_path, tiny):
         ("a, b", 832, 40), ("c", 64, 7)]  # fmt: skip
     assert [one.where for one in bad] == ["row 4"]
     rows = [{"prompt": "--x", "seed": 1, "shift": 5.5, "width": 64, "height": 48}, {"prompt": "y", "colour": 1}, [1],
-            {"seed": 2}, {"prompt": {"a": 1}}, {"prompt": "y", "num_frames": "many"}]  # fmt: skip
+            {"seed": 2}, {"prompt": {"a": 1}}, {"prompt": "y", "num_frames": "many"}, {"prompt": "\ud800"}]  # fmt: skip
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{torn")
     items, bad = read(tmp_path / "p.jsonl", tiny=tiny)
     assert [(item.request.prompt, item.request.shift, item.request.width) for item in items] == [("--x", 5.5, 64)]
-    assert [one.where for one in bad] == [f"line {n}" for n in range(2, 8)]
+    assert [one.where for one in bad] == [f"line {n}" for n in range(2, 9)]
 
 
 def test_a_file_that_is_none(tmp_path, tiny):
     (tmp_path / "empty.txt").write_text("# nothing\n")
     (tmp_path / "p.csv").write_text("a,b\n1,2\n")
-    for name in ("none.txt", "empty.txt", "p.csv", "p.doc"):
+    (tmp_path / "twice.csv").write_text("prompt,seed,seed\na,1,2\n")
+    for name in ("none.txt", "empty.txt", "p.csv", "p.doc", "twice.csv"):
         with pytest.raises(RequestError, match=name):
             read(tmp_path / name, tiny=tiny)
 

@@ -171,6 +171,20 @@ def test_interrupted(capsys, monkeypatch):
     assert run(capsys, *TYPED)[0] == 130
 
 
+def test_closed_streams_and_narrow_encodings(capsys, elsewhere):
+    run(capsys, *TYPED, "--seed", "7", "--output", "v.mp4")
+    shown = run(capsys, "show", "v.mp4")[1]
+    command = [sys.executable, "-m", "wan22", "show"]
+    narrow = os.environ | {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "v.mp4"], capture_output=True, env=narrow)
+    assert (done.returncode, json.loads(done.stdout.decode("ascii"))) == (0, json.loads(shown))
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *command, "v.mp4"], capture_output=True, env=narrow)
+        assert (done.returncode, done.stderr, bool(done.stdout)) == (0, b"", ">&-" not in closed or closed == "2>&-")
+        done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *command, "none"], capture_output=True, env=narrow)
+        assert (done.returncode, done.stdout) == (2, b"")  # an error never comes as data
+
+
 def test_unforeseen_errors_are_one_line(capsys, monkeypatch):
     from wan22 import pipeline
 

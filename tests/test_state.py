@@ -137,6 +137,17 @@ def test_a_full_disk_costs_the_state_and_not_the_run(capsys, elsewhere, monkeypa
     assert files(elsewhere) == ["v.mp4"]
 
 
+def test_a_disk_that_is_full_at_the_start_is_told(capsys, elsewhere, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(claim, "take", full)
+    for words in (["--output", "v.mp4"], []):
+        code, _, err = run(capsys, *TYPED, *words)
+        assert (code, err.splitlines()[-1].endswith(".mp4: the disk is full")) == (1, True)
+    assert files(elsewhere) == []
+
+
 def test_a_broken_state_is_told(capsys, elsewhere):
     (elsewhere / "v.state.safetensors").write_bytes(b"torn")
     code, _, err = run(capsys, *TYPED, "--output", "v.mp4")
@@ -163,6 +174,21 @@ def stop_at(monkeypatch):
         monkeypatch.setattr(ConsoleReporter, "step", stepped)
 
     return plan
+
+
+class Last:
+    """What a library lets go of at a bad moment."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        [None for _ in range(1000)]
+
+
+def test_a_signal_that_a_library_swallows_comes_again(capsys, elsewhere, stop_at):
+    stop_at(3, lambda: (Last(), time.sleep(0.5)))
+    code, _, err = run(capsys, *TYPED, "--output", "v.mp4")
+    assert (code, "Traceback" in err, "step 3 of" in err) == (143, False, True)
+    assert files(elsewhere) == ["v.state.safetensors"]
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

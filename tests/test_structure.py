@@ -40,7 +40,7 @@ FLOORS = [
     {"journal"},
     {"names", "report", "verify", "claim"},
     {"memory", "capability"},
-    {"machine", "vae_sizes", "work", "clock", "part_shapes", "launch"},
+    {"machine", "vae_sizes", "work", "clock", "part_shapes", "launch", "signals"},
     {"mesh", "watch"},
     {"config"},
 ]

@@ -4,6 +4,8 @@ Long options may be written with `-` or `_`. stdout carries data, stderr everyth
 while running, 2 wrong request, 3 does not fit, 130 and 143 interrupted. No traceback unless `--debug`.
 """
 
+import codecs
+import io
 import json
 import os
 import re
@@ -55,6 +57,7 @@ from wan22.options import (
 from wan22.output.names import next_free
 from wan22.several.mesh import Mesh, Shares
 from wan22.several.watch import Member, News, announce
+from wan22.signals import STOPPED, never_swallowed, stop
 from wan22.state import is_finished
 from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
 
@@ -530,7 +533,6 @@ class _Running:
 
 
 _running = _Running()
-STOPPED = {130: "interrupted", 143: "terminated"}
 
 
 def main(argv: list[str]) -> int:
@@ -542,11 +544,12 @@ def main(argv: list[str]) -> int:
     _running.words, _running.member = argv, None
     if not debug:
         warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell that put us behind it ignores it
-        signal.signal(signal.SIGINT, _stop)
+        signal.signal(signal.SIGINT, stop)
     try:
-        code = app(args=words, prog_name="wan22", standalone_mode=False) or 0
+        with never_swallowed():
+            code = app(args=words, prog_name="wan22", standalone_mode=False) or 0
     except SystemExit as error:
         if error.code in STOPPED:
             if member := _running.member:
@@ -607,10 +610,38 @@ def notes(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
 
 
-def _stop(signum: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signum)  # not KeyboardInterrupt, of which typer would keep the number alone
+def entry(*before: str) -> NoReturn:
+    """The `wan22` command; `before` comes before the words of the command line."""
+    open_streams()
+    try:
+        code = main([*before, *sys.argv[1:]])
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is stop:  # nothing is left to keep, and libraries' last deeds swallow it
+                signal.signal(number, signal.SIG_DFL)
+    sys.exit(code)
 
 
-def entry() -> NoReturn:
-    """The `wan22` command."""
-    sys.exit(main(sys.argv[1:]))
+def open_streams() -> None:
+    """The three standard streams, whatever the program was started with. One that is closed leads nowhere: else the
+    next file that is opened takes its number, and gets what a library prints. What stdout's encoding lacks is written
+    as JSON escapes it, and a file's name that is no text byte for byte."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+    codecs.register_error("wan22", _as_json)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="wan22")
+
+
+def _as_json(error: UnicodeError) -> tuple[bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    raw = [bytes([ord(letter) - 0xDC00]) if "\udc80" <= letter <= "\udcff" else json.dumps(letter)[1:-1].encode()
+           for letter in letters]  # fmt: skip
+    return b"".join(raw), error.end

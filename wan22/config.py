@@ -120,6 +120,16 @@ def _nearest(value: int, step: int, offset: int, largest: int) -> str:
     return " and ".join(map(str, near or [max(offset, step)]))
 
 
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise RequestError(f"{name}: {value!r} is not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a pair in JSON, or bytes of a command line that are not UTF-8
+        raise RequestError(f"{name}: character {error.start + 1}, {value[error.start]!r}, is none of Unicode's",
+                           hint="write it in UTF-8") from None  # fmt: skip
+
+
 def _check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
     if not numeric or (kind is int and not isinstance(value, int)) or not math.isfinite(value):
@@ -167,6 +177,7 @@ class Lora(_Settings):
     def __post_init__(self) -> None:
         if not isinstance(self.file, str) or not self.file.strip():
             raise RequestError("--lora: no file is named", hint="say FILE, or FILE:STRENGTH")
+        _check_text("--lora", self.file)
         if self.expert not in ("both", *EXPERT_SIDES):
             raise RequestError(f"--lora {self.file}: expert {self.expert!r} is none of both, high, low")
         for strength in (self.strength, self.lead_strength):
@@ -230,11 +241,10 @@ class Request(_Settings):
     def __post_init__(self) -> None:
         if self.task not in MODEL_SPECS:
             raise RequestError(f"--task {self.task}: unknown task", hint=f"known: {', '.join(MODEL_SPECS)}")
-        for name in ("prompt", "negative_prompt"):
-            if not isinstance(getattr(self, name), str):
-                raise RequestError(f"{name}: {getattr(self, name)!r} is not text")
-        if not isinstance(self.original_prompt, str | None):
-            raise RequestError(f"original_prompt: {self.original_prompt!r} is not text")
+        _check_text("--prompt", self.prompt)
+        _check_text("--negative-prompt", self.negative_prompt)
+        if self.original_prompt is not None:
+            _check_text("original_prompt", self.original_prompt)
         if not self.prompt.strip():
             raise RequestError("--prompt: the prompt is empty", hint='say what to show: --prompt "a red ball rolls"')
         for name in ("width", "height"):

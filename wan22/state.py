@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from wan22.config import RequestError
+from wan22.config import DiskFull, RequestError, RunError
 from wan22.files.tensor_files import read_header
 from wan22.many import claim
 from wan22.output.names import (
@@ -311,8 +311,7 @@ def begin_given(output: Path, record: dict[str, Any], *, any_seed: bool, overwri
 
     Raises Busy, and RequestError where the state is another request's and `overwrite` is not set.
     """
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    if (held := claim.take(claim_path(output))) is None:
+    if (held := _take(output)) is None:
         who = claim.holder(claim_path(output)) or "another process"
         raise Busy(f"{output}: {who} is at work on it", hint="wait for it, or name another --output")
     try:
@@ -345,7 +344,7 @@ def begin_automatic(
     _sweep(folder)
     for saved in unfinished(folder, record, any_seed):
         output = folder / (saved.path.name.removesuffix(STATE) + ".mp4")
-        if held := claim.take(claim_path(output)):
+        if held := _take(output):
             run = RunState(output, record, held, automatic=True, **settings)
             try:
                 _go_on(run, read_state(run.path))
@@ -355,13 +354,25 @@ def begin_automatic(
             _clear_staging(output)
             return run
     for output in numbered(name):
-        if exists(output) or exists(state_path(output)) or not (held := claim.take(claim_path(output))):
+        if exists(output) or exists(state_path(output)) or not (held := _take(output)):
             continue
         if not exists(output):
             _clear_staging(output)
             return RunState(output, record, held, automatic=True, **settings)
         held.release()  # finished since we looked
     raise AssertionError
+
+
+def _take(output: Path) -> claim.Claim | None:
+    """The claim on an output, in a folder that may have to be made; None where another process holds it. Raises
+    RunError."""
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        return claim.take(claim_path(output))
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise DiskFull(f"could not write {output}: the disk is full") from None
+        raise RunError(f"could not write {output}: {error.strerror or error}") from None
 
 
 def claim_path(output: Path) -> Path:

@@ -183,6 +183,8 @@ def _from_csv(source: Path, data: bytes, parse: Parse) -> Iterator[_Entry | Bad]
         raise RequestError(f"{source}: not a table: {error}") from None
     if not rows or "prompt" not in rows[0]:
         raise RequestError(f"{source}: its first row names no column prompt", hint="say: prompt,seed,size")
+    if twice := [name for name, count in Counter(filter(None, rows[0])).items() if count > 1]:
+        raise RequestError(f"{source}: its first row names {twice[0]!r} twice")
     for number, row in enumerate(rows[1:], 2):
         if len(row) > len(rows[0]):
             yield Bad(f"row {number}", f"it has {len(row)} cells, the header {len(rows[0])}")

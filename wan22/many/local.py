@@ -11,10 +11,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import connection
-from typing import Any, NoReturn
+from typing import Any
 
 from wan22.config import Placement, Request, RequestError
 from wan22.many.worker import Work, live
+from wan22.signals import never_swallowed, stop
 
 GRACE = 120.0  # seconds for a worker to keep its state
 
@@ -111,10 +112,13 @@ class LocalEngine:
 def _work(pipe: Any, work: Work) -> None:
     """The process of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who then terminates us
-    signal.signal(signal.SIGTERM, _go)
+    signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=_follow_parent, daemon=True).start()
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has gone
-        live(pipe, work)
+    try:
+        with never_swallowed(), contextlib.suppress(EOFError, BrokenPipeError):  # the parent has gone
+            live(pipe, work)
+    finally:  # who signals a whole group of processes signals us twice, and nothing is left to keep
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _follow_parent() -> None:
@@ -122,7 +126,3 @@ def _follow_parent() -> None:
     if parent:
         connection.wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _go(signum: int, frame: object) -> NoReturn:
-    raise SystemExit(143)
