@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 from wan22 import Pipeline
+from wan22.checkpoint import find_checkpoint
 from wan22.cli import main
 from wan22.config import data_dir
 
@@ -36,6 +37,13 @@ def test_it_is_small_and_of_the_published_layout(capsys):
     assert main(["show", str(data_dir("demo")), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (shown["layout"], shown["missing"], shown["broken"]) == ("published", [], [])
+
+
+def test_a_folder_of_its_name_is_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert find_checkpoint("demo") == data_dir("demo")
+    assert find_checkpoint("./demo") == Path("demo")
 
 
 def test_what_it_makes_unless_told_otherwise(pipe):

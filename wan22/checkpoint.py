@@ -66,17 +66,18 @@ def hub_snapshot(repository: str) -> Path | None:
 def find_checkpoint(model: str | None = None, ckpt_dir: str | None = None) -> Path:
     """The checkpoint folder: `ckpt_dir` or `model` where given, else the usual places in order. Raises RequestError.
 
-    model: `demo`, a folder, the published name, or `owner/name` in the Hugging Face cache.
+    model: `demo` (a folder of that name is `./demo`), a folder, the published name, or `owner/name` in the Hugging Face
+    cache.
     """
     if model and ckpt_dir:
         raise RequestError("--model and --ckpt_dir both name a checkpoint", hint="give one of them")
+    if model == "demo":
+        return data_dir("demo")
     if ckpt_dir or (model and Path(model).is_dir()):
         folder = Path(ckpt_dir or str(model))
         if not folder.is_dir():
             raise RequestError(f"--ckpt_dir {folder}: no such folder", hint=DOWNLOAD_HINT)
         return folder
-    if model == "demo":
-        return data_dir("demo")
     if model and model not in (*DEFAULT_FOLDERS, REPOSITORY):
         if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and (snapshot := hub_snapshot(model)):
             return snapshot
