@@ -185,7 +185,11 @@ class Last:
 
 
 def test_a_signal_that_a_library_swallows_comes_again(capsys, elsewhere, stop_at):
-    stop_at(3, lambda: (Last(), time.sleep(0.5)))
+    def swallow():
+        Last()  # gone at once
+        time.sleep(0.5)
+
+    stop_at(3, swallow)
     code, _, err = run(capsys, *TYPED, "--output", "v.mp4")
     assert (code, "Traceback" in err, "step 3 of" in err) == (143, False, True)
     assert files(elsewhere) == ["v.state.safetensors"]
