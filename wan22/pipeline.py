@@ -370,32 +370,34 @@ class Pipeline:
     def decode(self, latents: Tensor, reporter: Reporter | None = None) -> Iterator[np.ndarray]:
         """Latents → chunks of frames [F, H, W, 3] uint8, as they come. Raises RunError."""
         reporter = reporter or Reporter()
-        if self.ranks:
-            yield from self._decode_together(latents, self.ranks)
-            return
-        tiles: Grid = (1, 1)
         dtype = DTYPES[self.precision.vae]
-        for beside in ("experts", "nothing"):
-            free = self.experts.memory.free(self.placement.gpu_memory_limit)
-            tiles = pick_tiles(latents.shape, self.sizes, free, dtype.itemsize)
-            if tiles != (1, 1) and beside == "experts":
-                self.experts.release()
+        tiles = self._tiles(latents, dtype)
+        if self.ranks:  # the frames on the first one, none on the others
+            with ticking():
+                vae = VideoVAE(self.checkpoint, self.device, dtype)
+                yield from decode_together(vae, latents.to(self.device), tiles, self.ranks)
+            return
         vae = VideoVAE(self.checkpoint, self.device, dtype)
         for chunk in vae.decode(latents.to(self.device), tiles, reporter.warn):
             yield to_uint8(chunk)
 
-    def _decode_together(self, latents: Tensor, ranks: Ranks) -> Iterator[np.ndarray]:
-        """On the first rank the frames, on the others none."""
-        tiles: Grid = (1, 1)
-        dtype = DTYPES[self.precision.vae]
-        for beside in ("experts", "nothing"):
-            free = self.experts.memory.free(self.placement.gpu_memory_limit) // ranks.on_this_device
-            tiles = pick_tiles(latents.shape, self.sizes, min(ranks.gather(free)), dtype.itemsize, ranks.mesh.world)
-            if tiles != rank_grid(latents.shape, ranks.mesh.world) and beside == "experts":
-                self.experts.release()
-        with ticking():
-            vae = VideoVAE(self.checkpoint, self.device, dtype)
-            yield from decode_together(vae, latents.to(self.device), tiles, ranks)
+    def _tiles(self, latents: Tensor, dtype: torch.dtype) -> Grid:
+        """The coarsest grid, one tile a rank or more, that fits beside the experts; where more are needed, the experts go
+        first. The same on all ranks."""
+        ranks = self.ranks
+        world = ranks.mesh.world if ranks else 1
+
+        def fitting() -> Grid:
+            free = self.experts.memory.free(self.placement.gpu_memory_limit)
+            if ranks:
+                free = min(ranks.gather(free // ranks.on_this_device))
+            return pick_tiles(latents.shape, self.sizes, free, dtype.itemsize, world)
+
+        tiles = fitting()
+        if tiles != rank_grid(latents.shape, world):
+            self.experts.release()
+            tiles = fitting()
+        return tiles
 
     def decode_file(self, file: Path, output: Path | None, overwrite: bool, reporter: Reporter) -> Path:
         """Make the video of latents that were kept, with the record in them. Raises RequestError, RunError."""
