@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from wan22.checkpoint import INDEX, TEXT_ENCODER_STEM, TOKENIZER, VAE_STEM
 from wan22.config import configs_dir, data_dir
-from wan22.files.tensor_names import text_encoder_name, vae_name
+from wan22.files.part_shapes import text_encoder_shapes, vae_shapes
 from wan22.model import TransformerConfig, WanTransformer
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -71,32 +71,6 @@ def expert_shapes(layers: int | None) -> tuple[dict, Shapes]:
     return config, {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def text_encoder_shapes(
-    vocab: int = 256384, width: int = 4096, ffn: int = 10240, heads: int = 64, layers: int = 24
-) -> Shapes:
-    """UMT5-XXL's encoder under its published names."""
-    shapes: dict[str, tuple[int, ...]] = {"token_embedding.weight": (vocab, width), "norm.weight": (width,)}
-    for i in range(layers):
-        shapes |= {f"blocks.{i}.attn.{x}.weight": (width, width) for x in "qkvo"}
-        shapes |= {f"blocks.{i}.norm{n}.weight": (width,) for n in (1, 2)}
-        shapes |= {f"blocks.{i}.ffn.{x}.weight": (ffn, width) for x in ("gate.0", "fc1")}
-        shapes |= {f"blocks.{i}.ffn.fc2.weight": (width, ffn)}
-        shapes |= {f"blocks.{i}.pos_embedding.embedding.weight": (32, heads)}
-    assert all(text_encoder_name(name) for name in shapes)
-    return shapes
-
-
-def vae_shapes(demo_vae: Path, width: int = 96) -> Shapes:
-    """The published VAE's shapes: those of the demo's, which has the same structure, at another width."""
-    from diffusers import AutoencoderKLWan
-
-    from wan22.files.tensor_files import Safetensors
-
-    with torch.device("meta"):
-        wanted = AutoencoderKLWan(base_dim=width).state_dict()  # type: ignore[attr-defined]
-    return {name: tuple(wanted[vae_name(name)].shape) for name in Safetensors(demo_vae).shapes}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -117,14 +91,13 @@ def main() -> None:
     else:
         write_expert(low, config, shapes, DTYPES[args.dtype], args.device)
     if not args.only_experts:
-        demo = data_dir("demo")
         for file, table, dtype in (
             (TEXT_ENCODER_STEM, text_encoder_shapes(), torch.bfloat16),
-            (VAE_STEM, vae_shapes(demo / f"{VAE_STEM}.safetensors"), torch.float32),
+            (VAE_STEM, vae_shapes(), torch.float32),
         ):
             tensors = {name: random_tensor(name, shape, dtype, args.device) for name, shape in table.items()}
             save_file(tensors, args.folder / f"{file}.safetensors")
-        shutil.copytree(demo / TOKENIZER, args.folder / TOKENIZER)
+        shutil.copytree(data_dir("demo") / TOKENIZER, args.folder / TOKENIZER)
     print(args.folder)
 
 
