@@ -18,17 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from wan22.config import DiskFull, RequestError, RunError
+from wan22.config import RequestError
 from wan22.files.tensor_files import read_header
 from wan22.many import claim
 from wan22.output.names import (
     CLAIM,
-    DISK_FULL,
     PREVIEW,
     STATE,
     beside,
     exists,
+    not_written,
     numbered,
+    reason,
     staging_prefix,
     sync,
     sync_entry,
@@ -280,7 +281,7 @@ class RunState:
             sync_entry(self.path)
             self.saved, self.trouble = progress.done, None
         except OSError as error:
-            self.trouble = "the disk is full" if error.errno in DISK_FULL else error.strerror or str(error)
+            self.trouble = reason(error)
         except RuntimeError as error:  # a GPU that is no more
             self.trouble = str(error).partition("\n")[0]
         if self.trouble:
@@ -370,9 +371,7 @@ def _take(output: Path) -> claim.Claim | None:
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         return claim.take(claim_path(output))
     except OSError as error:
-        if error.errno in DISK_FULL:
-            raise DiskFull(f"could not write {output}: the disk is full") from None
-        raise RunError(f"could not write {output}: {error.strerror or error}") from None
+        raise not_written(output, error) from None
 
 
 def claim_path(output: Path) -> Path:

@@ -32,12 +32,12 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from wan22.config import DiskFull, Encoding, RequestError, RunError
 from wan22.output.names import (
-    DISK_FULL,
     beside,
     exists,
     is_empty_folder,
     move_to_free,
     next_free,
+    not_written,
     staging_prefix,
     sync,
     sync_entry,
@@ -454,7 +454,7 @@ def _reporting(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _run_error(path, _SAYS_FULL[0] if error.errno in DISK_FULL else error.strerror or str(error)) from error
+        raise not_written(path, error) from error
 
 
 def _check_ours(folder: Path) -> None:

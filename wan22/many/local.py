@@ -14,10 +14,8 @@ from multiprocessing import connection
 from typing import Any
 
 from wan22.config import Placement, Request, RequestError
-from wan22.many.worker import Work, live
+from wan22.many.worker import GRACE, Work, live
 from wan22.signals import never_swallowed, stop
-
-GRACE = 120.0  # seconds for a worker to keep its state
 
 
 def count_workers(wanted: int | None, placement: Placement) -> list[str]:

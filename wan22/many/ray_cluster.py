@@ -24,9 +24,8 @@ from typing import Any
 import wan22
 from wan22.config import Placement, Request, RequestError
 from wan22.many.journal import NAME as JOURNAL
-from wan22.many.worker import Work, live
+from wan22.many.worker import GRACE, Work, live
 
-GRACE = 120.0  # seconds for a worker to keep its state
 LISTEN = 5.0  # seconds that an actor is waited for to say something
 SEEN = 15.0  # seconds until a file of one node is seen on another, over a network
 NEWS = 60.0  # seconds between two words on why nothing begins

@@ -23,8 +23,10 @@ from typing import Any, Protocol
 
 from wan22.config import DEFAULT_TASK, DiskFull, Request, RequestError, RunError, WanError
 from wan22.options import Base, read_checkpoint, read_encoding, read_placement, read_precision
-from wan22.output.names import DISK_FULL, exists
+from wan22.output.names import DISK_FULL, exists, reason
 from wan22.report import Reporter
+
+GRACE = 120.0  # seconds for a worker to keep its state
 
 
 class Pipe(Protocol):
@@ -137,9 +139,8 @@ def _make(pipe: Pipe, pipeline: Any, output: Path, request: Request, flags: dict
     except (EOFError, BrokenPipeError):
         raise
     except OSError as error:  # of a folder or disk, and no reason to load the weights again
-        full = error.errno in DISK_FULL
-        said = "the disk is full" if full else error.strerror or str(error)
-        pipe.send(("failed", {"error": f"{error.filename or output}: {said}", "may_pass": True, "full": full}))
+        said, full = f"{error.filename or output}: {reason(error)}", error.errno in DISK_FULL
+        pipe.send(("failed", {"error": said, "may_pass": True, "full": full}))
     except Exception as error:
         pipe.send(("failed", {"error": f"{type(error).__name__}: {error}", "may_pass": False, "full": False}))
         if type(error).__name__ != "OutOfMemoryError":

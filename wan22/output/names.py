@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+from wan22.config import DiskFull, RunError
+
 _LONGEST_NAME = 255  # bytes of UTF-8 (ext4, APFS, XFS); NTFS counts UTF-16 units, of which a name never has more
 _PROMPT_LENGTH = 80  # bytes: leaves room for digest and suffixes, and on Windows (260 for a whole path) for the folder
 
@@ -20,6 +22,17 @@ _RESERVED = re.compile(r"con|prn|aux|nul|conin|conout|clock|com[0-9¹²³]|lpt[0
 
 
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # what an OSError says of it
+
+
+def reason(error: OSError) -> str:
+    """Why a file could not be written, in words."""
+    return "the disk is full" if error.errno in DISK_FULL else error.strerror or str(error)
+
+
+def not_written(path: Path, error: OSError) -> RunError:
+    """What to raise where a file could not be written."""
+    return (DiskFull if error.errno in DISK_FULL else RunError)(f"could not write {path}: {reason(error)}")
+
 
 # Choosing a name ---------------------------------------------------------------------------------------------------
 
