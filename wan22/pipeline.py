@@ -382,8 +382,8 @@ class Pipeline:
             yield to_uint8(chunk)
 
     def _tiles(self, latents: Tensor, dtype: torch.dtype) -> Grid:
-        """The coarsest grid, one tile a rank or more, that fits beside the experts; where more are needed, the experts go
-        first. The same on all ranks."""
+        """The coarsest grid, one tile a rank or more, that fits beside the experts; where more are needed, these go first.
+        The same on all ranks."""
         ranks = self.ranks
         world = ranks.mesh.world if ranks else 1
 
