@@ -382,8 +382,9 @@ class Pipeline:
             yield to_uint8(chunk)
 
     def _tiles(self, latents: Tensor, dtype: torch.dtype) -> Grid:
-        """The coarsest grid, one tile a rank or more, that fits beside the experts; where more are needed, these go first.
-        The same on all ranks."""
+        """The coarsest grid that fits beside the experts, one tile a rank or more and the same on all ranks.
+
+        Where the experts leave room for too fine a one only, they are released first."""
         ranks = self.ranks
         world = ranks.mesh.world if ranks else 1
 
