@@ -1,6 +1,7 @@
 """Several processes for a test, forked from this one, which has imported everything already: they start in no time."""
 
 import functools
+import gc
 import io
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import tempfile
 import time
 import traceback
 from datetime import timedelta
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,8 @@ def run(world, function, *args, seconds=120):
         try:
             results = []
             for rank, (pipe, _) in enumerate(pipes):
-                assert pipe.poll(seconds), f"rank {rank} of {world} does not answer"
+                assert wait([pipe, processes[rank].sentinel], seconds), f"rank {rank} of {world} does not answer"
+                assert pipe.poll(), f"rank {rank} of {world} ended with {processes[rank].exitcode}"
                 failed, result = pickle.loads(pipe.recv_bytes())
                 assert not failed, f"rank {rank} of {world}:\n{result}"
                 results.append(result)
@@ -45,6 +48,7 @@ def run(world, function, *args, seconds=120):
 
 
 def _in_group(rank, world, store, pipe, function, args):
+    gc.freeze()  # what the parent had imported is none of this process's to collect: some of it (Ray's) crashes
     torch.set_num_threads(1)
     try:
         init = f"file://{store}"
