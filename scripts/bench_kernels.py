@@ -9,7 +9,6 @@ times are medians. Errors are relative to float32, of a few queries from first t
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -161,9 +160,8 @@ def attentions(sweep: bool) -> Iterator[tuple[str, Callable[[], Attend]]]:
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     for pv in attention_8bit.PV:
         yield f"int8 scores, {pv}", partial(ours, pv, None)
-        for how, keys in itertools.product(("together", "apart"), (128, 64)) if pv == "bf16" and hopper else ():
-            form = attention_8bit.Form(keys=keys, hopper=how)
-            yield f"int8 scores, bf16, Hopper's own, {how}, {keys} keys", partial(ours, pv, form)
+        if pv == "int8" and hopper:
+            yield "int8 scores, int8, Hopper's own", partial(ours, pv, attention_8bit.HOPPER)
         for form in FORMS if sweep else ():
             said = f"{form.queries} queries, {form.keys} keys, {form.warps} warps, {form.stages} stages"
             yield f"int8 scores, {pv}, {said}", partial(ours, pv, form)

@@ -41,28 +41,28 @@ PV = ("bf16", "fp8", "int8")
 @dataclass(frozen=True)
 class Form:
     """How the kernel is cut and launched: queries of a program, keys of a block (and so of a scale of keys, and of INT8
-    probabilities). hopper: attention_hopper's kernel instead, its warpgroups `together` or `apart`."""
+    probabilities). hopper: attention_hopper's kernel instead, which has its own."""
 
     queries: int = 128
     keys: int = 128
     warps: int = 8
     stages: int = 3
-    hopper: str | None = None
+    hopper: bool = False
 
 
 # By the shared memory of a multiprocessor: of data-centre cards, and of others. To be tuned on each kind of GPU.
 LARGE = {"bf16": Form(keys=64), "fp8": Form(), "int8": Form()}
 SMALL = {"bf16": Form(keys=64, stages=2), "fp8": Form(keys=64), "int8": Form(keys=64)}
-HOPPER = Form(hopper="apart")  # of bf16 values
+HOPPER = Form(keys=attention_hopper.KEYS, hopper=True)  # of INT8 values
 USE_HOPPER = False  # till it is measured on one
 FORM: Form | None = None  # instead of these, for measurements
 
 
-def form_of(pv: str, device: torch.device) -> Form:
+def form_of(pv: str, dim: int, device: torch.device) -> Form:
     if FORM:
         return FORM
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if USE_HOPPER and pv == "bf16" and capability == (9, 0):
+    if USE_HOPPER and pv == "int8" and dim in attention_hopper.DIMS and capability == (9, 0):
         return HOPPER
     return (LARGE if capability in (None, (8, 0), (9, 0), (10, 0), (10, 3)) else SMALL)[pv]
 
@@ -165,7 +165,7 @@ def attend_8bit(q: Tensor, k: Tensor, v: Tensor, pv: str = "int8") -> Tensor:
 
 def attend_8bit_plain(q: Tensor, k: Tensor, v: Tensor, pv: str = "int8") -> Tensor:
     """The same roundings in float32 arithmetic."""
-    block = form_of(pv, q.device).keys
+    block = form_of(pv, q.shape[-1], q.device).keys
     smooth_q, smooth_k = smooth(q, k)
     q8, q_scale = quantize(smooth_q, 3, torch.int8)
     values, v_scale, v_mean = _values(v, pv)
@@ -194,12 +194,13 @@ def _values(v: Tensor, pv: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, pv: str) -> Tensor:
-    (batch, length, heads, dim), keys, form = q.shape, k.shape[1], form_of(pv, q.device)
+    (batch, length, heads, dim), keys, form = q.shape, k.shape[1], form_of(pv, q.shape[-1], q.device)
     q8, q_scale, k8, k_scale = prepare(q, k, form.keys)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if form.hopper:
-        assert pv == "bf16", pv
-        attention_hopper.attend(q8, k8, v.bfloat16(), q_scale, k_scale, out, form.keys, form.hopper == "apart")
+        assert pv == "int8", pv
+        values, v_scale, v_mean = _transpose_and_quantize(v, torch.int8, ordered=True)
+        attention_hopper.attend(q8, k8, values.permute(0, 2, 3, 1), q_scale, k_scale, v_scale, v_mean, out)
         return out
     if pv == "bf16":
         values, v_scale, v_mean = _values(v, pv)
@@ -245,9 +246,11 @@ def _rotate_and_quantize(
     return out, scale
 
 
-def _transpose_and_quantize(v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _transpose_and_quantize(
+    v: Tensor, dtype: torch.dtype, ordered: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_v`, laid out as 8-bit tensor cores want it: both factors of a product along the summed axis, which for
-    v are the tokens.
+    v are the tokens. ordered: each 16 of them in attention_hopper's `KEY_ORDER`.
 
     Bytes, at least: 3 · 2 (statistics) + 2 + 1 an element; 3.5 GB for 75,600 tokens of width 5120.
     """
@@ -260,7 +263,7 @@ def _transpose_and_quantize(v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     room = torch.empty((batch, heads, dim, -(-keys // 128) * 128), dtype=dtype, device=v.device)
     launch(
         _transpose_kernel, (room.shape[-1] // 64, heads, batch), v, mean, scale, room, keys, room.shape[-1], heads,
-        v.stride(0), v.stride(1), v.stride(2), D=dim, ROWS=64, LARGEST=largest, num_warps=4,
+        v.stride(0), v.stride(1), v.stride(2), D=dim, ROWS=64, LARGEST=largest, ORDERED=ordered, num_warps=4,
     )  # fmt: skip
     return room.permute(0, 3, 1, 2), scale, mean
 
@@ -295,11 +298,15 @@ def _rotate_kernel(
 @jit
 def _transpose_kernel(
     v, mean, scale, out, keys, room, heads, sample_stride,
-    token_stride, head_stride, D: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr,
+    token_stride, head_stride, D: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS tokens of one head, [ROWS, D] → [D, ROWS]; zeros beyond the last."""
     head, sample = tl.program_id(1), tl.program_id(2)
-    rows, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
+    places, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
+    rows = places
+    if ORDERED:
+        at = places % 16
+        rows = places - at + 8 * (at // 2 % 2) + 2 * (at // 4) + at % 2
     here = (sample * heads + head).to(tl.int64)
     start = v + sample.to(tl.int64) * sample_stride + head * head_stride
     inside = (rows < keys)[:, None]
@@ -308,8 +315,7 @@ def _transpose_kernel(
     steps = tl.where(inside, tl.minimum(tl.maximum(steps, -LARGEST), LARGEST), 0.0)
     if LARGEST == 127:
         steps = tl.where(steps < 0, steps - 0.5, steps + 0.5)
-    place = out + here * D * room + d[None, :] * room + rows[:, None]
-    tl.store(place, steps.to(out.dtype.element_ty))
+    tl.store(out + here * D * room + d[None, :] * room + places[:, None], steps.to(out.dtype.element_ty))
 
 
 @jit
