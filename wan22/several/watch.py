@@ -191,6 +191,7 @@ class Watchman:
         self._seen: dict[int, _Seen] = {}
         self._news: list[tuple[float, News]] = []
         self._lock = threading.Lock()
+        self._closed = False
         self._server = socket.create_server((host, 0), backlog=max(count, 16))
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ)
@@ -206,8 +207,16 @@ class Watchman:
         with self._lock:
             self._news.append((time.monotonic(), news))
 
+    def close(self) -> None:
+        """Watch no more, and tell nothing: whoever has not said good-bye ends by itself."""
+        self._closed = True
+
     def _run(self) -> None:
         while self.verdict is None:
+            if self._closed:
+                for thing in (*self._open, self._server):
+                    thing.close()
+                return
             for key, _ in self._selector.select(BEAT / 4):
                 if key.fileobj is self._server:
                     connection = self._server.accept()[0]
