@@ -102,6 +102,7 @@ def plan_jobs(
     identity = checkpoint.identity()
     adapters, jobs, bad = find_adapters(checkpoint, placement), [], list(bad)
     sizes, too_large = plan.Sizes.of(checkpoint), None
+    mesh_of(placement, gpus, Request("x"), sizes)  # what no request makes possible
 
     @functools.cache
     def check(request: Request) -> None:
@@ -274,7 +275,7 @@ class Batch:
             if job.deaths >= DEATHS or job.losses >= LOSSES:
                 if held := claim.take(beside(self.folder / job.name, CLAIM, hidden=True)):  # the dead one's
                     held.release()
-                self._end(job, "failed", error=f"{job.deaths + job.losses} workers died over it")
+                self._end(job, "failed", error=f"{job.deaths + job.losses} workers died over it: {why}")
             else:
                 self.pending.appendleft(job)
         if not worker.ready and worker.guilty():

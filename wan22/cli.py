@@ -8,7 +8,6 @@ import codecs
 import io
 import json
 import os
-import re
 import signal
 import sys
 import traceback
@@ -56,7 +55,7 @@ from wan22.options import (
 )
 from wan22.output.names import next_free
 from wan22.several.mesh import Mesh, Shares
-from wan22.several.watch import Member, News, announce
+from wan22.several.watch import Member, News, announce, of_another
 from wan22.signals import STOPPED, never_swallowed, stop
 from wan22.state import is_finished
 from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
@@ -574,9 +573,7 @@ def main(argv: list[str]) -> int:
 def tell_others(error: Exception, member: Member) -> int:
     """One of several processes failed: all end, and this is told once; the exit code."""
     message, hints, code = explained(error)
-    # What comes of another one's end says nothing of its cause.
-    of_others = re.search(r"gloo|NCCL|[Cc]onnection|peer|process group|pipe", str(error))
-    is_own = isinstance(error, WanError) or not of_others
+    is_own = not of_another(error)
     if is_own and member.rank and not isinstance(error, RequestError):
         message = f"rank {member.rank}: {message}"
     kept = notes(error)  # told by whoever keeps the state, whichever rank fails

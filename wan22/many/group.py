@@ -18,8 +18,8 @@ from typing import Any
 
 from wan22.config import one_line
 from wan22.many.worker import Pipe, Work, live
-from wan22.several.launch import WATCH, Team
-from wan22.several.watch import Member, News, Watchman
+from wan22.several.launch import WATCH, Team, signal_name
+from wan22.several.watch import Member, News, Watchman, of_another
 
 LAST_WORDS = 0.2  # seconds for what killed one of them to reach the batch, before all end
 FAREWELL = 20.0  # seconds for the others to go, once all is made
@@ -80,13 +80,19 @@ def live_together(pipe: Pipe, work: Work) -> None:
         theirs.close()
         others.append(other)
         threading.Thread(target=_wait, args=(rank, other, watchman), daemon=True).start()
+    member = None
     try:
         member = _meet(work, place)
         live(first, work, member)
         for other in others:
             other.join(FAREWELL)
-        member.leave()
+    except Exception as error:
+        if member and of_another(error):  # all end, and the watchman knows why
+            os._exit(member.fail(News("cut off", 0, one_line(str(error)))))
+        raise
     finally:
+        if member:
+            member.leave()
         watchman.close()
         for other in others:  # they keep nothing
             other.kill()
@@ -96,7 +102,7 @@ def _wait(rank: int, other: Any, watchman: Watchman) -> None:
     """How another one ended, for the watchman, which sees only that it did."""
     other.join()
     if code := other.exitcode:
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         watchman.hear(News("died", rank, f"rank {rank} {how}"))
 
 

@@ -29,6 +29,7 @@ from wan22.options import Base, read_checkpoint, read_encoding, read_placement, 
 from wan22.output.names import DISK_FULL, exists, reason
 from wan22.report import Reporter
 from wan22.several.mesh import Mesh, Shares
+from wan22.several.watch import of_another
 
 if TYPE_CHECKING:
     from wan22.several.watch import Member
@@ -176,6 +177,8 @@ def _make(
     except (EOFError, BrokenPipeError):
         raise
     except Exception as error:
+        if ranks and of_another(error):
+            raise
         said, may_pass, full, goes_on = _failure(error, output)
         pipe.send(("failed", {"error": said, "may_pass": may_pass, "full": full}))
         # What else it broke is not known, and of several processes the others are stuck: the next one begins anew.

@@ -162,12 +162,13 @@ def launch(argv: Sequence[str], count: int) -> int:
 def _death(rank: int, code: int, said: IO[bytes]) -> News:
     said.seek(0)
     lines = [line.strip() for line in said.read()[-4000:].decode(errors="replace").splitlines() if line.strip()]
-    how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+    how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
     hints = () if code in (-signal.SIGKILL, -signal.SIGTERM) else tuple(lines[-1:])
     return News("died", rank, f"rank {rank} {how}", hints, 1 if code < 0 else code)
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """`SIGKILL`, or `signal 77` where there is no such name."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -15,6 +15,7 @@ that stands still everywhere a hang of the one that is behind. Standard library 
 import contextlib
 import json
 import os
+import re
 import secrets
 import selectors
 import signal
@@ -25,6 +26,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from wan22.config import WanError
 
 BEAT = 1.0
 SILENCE = 12.0
@@ -290,6 +293,12 @@ class Watchman:
     @staticmethod
     def _grace(news: News) -> float:
         return 0.3 if news.kind == "stopped" and news.rank == 0 else GRACE[news.kind]
+
+
+def of_another(error: BaseException) -> bool:
+    """Whether an error may be what comes of another process's end, and says nothing of its cause."""
+    own = isinstance(error, WanError) or type(error).__name__ == "OutOfMemoryError"
+    return not own and bool(re.search(r"gloo|NCCL|[Cc]onnection|peer|process group|pipe", str(error)))
 
 
 def announce(news: News) -> None:
