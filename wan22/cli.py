@@ -5,6 +5,7 @@ while running, 2 wrong request, 3 does not fit, 130 and 143 interrupted. No trac
 """
 
 import codecs
+import contextlib
 import io
 import json
 import os
@@ -412,7 +413,7 @@ def decode(
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
 ) -> None:
     """Make the video of latents that a run has kept."""
-    launching.refuse_torchrun(os.environ, "decode is for one process alone", "without torchrun")
+    launching.refuse_torchrun(os.environ, "decode is for one process alone", "without torchrun or srun")
     flags = dict(locals())
     record = read_any_record(latents)
     if output:
@@ -562,8 +563,9 @@ def main(argv: list[str]) -> int:
             return tell_others(error, member)
         if debug:
             raise
-        if os.environ.get("RANK", "0") != "0":
-            return explained(error)[2]  # of a command line that is wrong, which the first process says
+        with contextlib.suppress(RequestError):
+            if launching.team_of(os.environ).rank:
+                return explained(error)[2]  # of a command line that is wrong, which the first process says
         return explain(error)
     if _running.member:
         _running.member.leave()

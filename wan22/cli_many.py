@@ -76,12 +76,15 @@ def batch(
     gpus_per_worker: Annotated[
         int | None, typer.Option(min=1, help="GPUs that make each video together, and so fewer workers; default: 1.")
     ] = None,
+    gpus: Annotated[int | None, typer.Option(hidden=True)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="Events, one JSON object a line on stdout.")] = False,
     **flags: Any,
 ) -> None:
     """Make many videos; run again, or elsewhere too, to go on. Flags of generate count for items that do not say."""
     flags["prompt"] = flags["from_file"] = None
+    if gpus is not None:
+        raise RequestError("--gpus is for one video; a batch has workers", hint=TOGETHER)
     if seeds and (repeat > 1 or flags["seed"] is not None):
         raise RequestError("--seeds goes with neither --seed nor --repeat", hint="give one of them")
     from wan22 import batch as library

@@ -216,8 +216,10 @@ class RunState:
     def finish(self, latents: "Tensor") -> None:
         """The last step is done: the latents alone, on the disk when this returns unless `trouble` says why not."""
         if self.repacked or not (self.begun and self.begun.done == self.steps):
+            if self._writer:
+                self._writer.join()
             self._latest = Progress(self.steps, latents, {})
-            self.saved = min(self.saved, self.steps - 1)  # also where it says the same of another packing
+            self.saved = min(self.saved, self.steps - 1)  # instead of one with the solver's memory, or packed otherwise
             self._save_now()
 
     def close(self, keep_latents: bool = False) -> None:
