@@ -182,6 +182,7 @@ class Batch:
             self.outcomes.append(Outcome(one.where, "bad", one.error))
         for job in self.pending:
             self.journal.add("item", name=job.name, where=job.item.where, request=changes(job.item.request))
+        total = len(self.pending)
         todo = [job for job in self.pending if not self._is_there(job)]
         self.pending = deque(todo)
         try:
@@ -189,9 +190,11 @@ class Batch:
                 self.workers.append(self._start(place))
             while self.pending or self.elsewhere or any(worker.job for worker in self.workers):
                 self._turn()
-        except BaseException:
+        except BaseException as error:
             for worker in self.workers:
                 worker.terminate()
+            if isinstance(error, SystemExit):
+                error.add_note(f"{len(self.outcomes) - len(bad)} of {total} items are done with; the same command goes on")
             raise
         finally:
             for worker in self.workers:

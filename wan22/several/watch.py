@@ -109,9 +109,10 @@ class Member:
 
     def fail(self, news: News) -> int:
         """Tell of an error, and wait for the end that comes of it; the exit code, should it not come."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(ValueError):  # not the main thread
             for number in (signal.SIGINT, signal.SIGTERM):  # it ends, and once is enough
                 signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(OSError):
             self._say({"news": vars(news)})
             time.sleep(15)  # in which the other thread saves what can be, and ends the process
         return news.code
