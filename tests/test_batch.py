@@ -271,8 +271,8 @@ def test_names_do_not_depend_on_which_exact_backend_it_is():
 def test_srun_is_refused_as_torchrun_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("one\n")
-    starters = ({"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"})
-    for variables in starters:
+    slurm = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    for variables in ({"RANK": "0", "WORLD_SIZE": "2"}, slurm):
         for words in (["batch", "p.txt", *SMALL], ["decode", "x.latents.safetensors"]):
             with monkeypatch.context() as patch:
                 for name, value in variables.items():

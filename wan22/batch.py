@@ -194,7 +194,8 @@ class Batch:
             for worker in self.workers:
                 worker.terminate()
             if isinstance(error, SystemExit):
-                error.add_note(f"{len(self.outcomes) - len(bad)} of {total} items are done with; the same command goes on")
+                over = len(self.outcomes) - len(bad)
+                error.add_note(f"{over} of {total} items are over; the same command goes on")
             raise
         finally:
             for worker in self.workers:

@@ -1,7 +1,9 @@
 """A batch's worker of several processes: the same videos, one of them killed, and nothing left behind."""
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -14,14 +16,15 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 from wan22 import batch, cli, cli_many
-from wan22.config import Placement, Request, RequestError
-from wan22.many import journal
+from wan22.config import Placement, Request, RequestError, RunError
+from wan22.many import group, journal
 from wan22.many.items import read_items
 from wan22.many.local import LocalEngine, count_workers
 from wan22.many.worker import Work, mesh_of
 from wan22.options import Base, read_checkpoint
 from wan22.pipeline import Pipeline
 from wan22.plan import Sizes
+from wan22.several import launch
 from wan22.several.watch import of_another
 
 BASE = Base({}, {}, {})
@@ -194,6 +197,68 @@ def test_what_cannot_be(tmp_path, monkeypatch, capsys, words, said):
     err = capsys.readouterr().err
     assert said in err
     assert err.count("error:") == 1
+
+
+class _Pipe:
+    """To a worker that never gets that far."""
+
+    def __init__(self):
+        self.said = []
+
+    def send(self, said):
+        self.said.append(said)
+
+    def recv(self):
+        raise AssertionError
+
+
+def test_a_group_that_does_not_come_together(tmp_path, monkeypatch):
+    """A port that was taken since, say: the worker dies, and is no error of the batch; those beside it go."""
+    def refuse(team):
+        raise RunError("rank 0 of 2 did not find the others")
+
+    monkeypatch.setattr("wan22.parallel.meet", refuse)
+    for name in ("MASTER_ADDR", "MASTER_PORT", launch.WATCH):
+        monkeypatch.setenv(name, "")  # and as they were, after
+    pipe = _Pipe()
+    with pytest.raises(SystemExit):
+        group.live_together(pipe, Work({}, BASE, tmp_path, gpus=2))
+    assert pipe.said == [("dying", {"why": "rank 0 of 2 did not find the others"})]
+    end = time.monotonic() + 5
+    while family() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not family()
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_worker_of_two_gpus(tmp_path):
+    """The videos of `generate --gpus 2` bit for bit, and of one GPU to rounding; one rank is killed on the way."""
+    words = ["--ckpt_dir", str(TINY), "--size", "128*96", "--frames", "9", "--steps", "24", "--shift", "5",
+             "--attention", "torch", "--dtype", "float32", "--keep-latents", "--save-every", "0"]  # fmt: skip
+    (tmp_path / "p.txt").write_text("a ball --seed 3\na cube --seed 4\n")
+    start = [sys.executable, "-m", "wan22"]
+    command = [*start, "batch", "p.txt", *words, "--workers", "1", "--gpus-per-worker", "2", "--output", "out"]
+    with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as batched:
+        killed = False
+        for line in batched.stdout:
+            event = json.loads(line)
+            if event["event"] == "start" and not killed:
+                first = psutil.Process(event["worker"])
+            if event["event"] == "step" and event["step"] == 8 and not killed:
+                killed = True
+                next(one for one in first.children() if "spawn_main" in " ".join(one.cmdline())).kill()
+        assert (batched.wait(), killed) == (0, True)
+    for prompt, seed in (("a ball", "3"), ("a cube", "4")):
+        (made,) = (tmp_path / "out").glob(f"{prompt.replace(' ', '-')}-*.latents.safetensors")
+        made = load_file(made)["latents"]
+        for name, more in (("two", ["--gpus", "2"]), ("one", [])):
+            output = tmp_path / f"{name}-{seed}.mp4"
+            asked = ["--prompt", prompt, "--seed", seed, *more, "--output", str(output)]
+            subprocess.run([*start, "generate", *words, *asked], check=True)
+            other = load_file(tmp_path / f"{name}-{seed}.latents.safetensors")["latents"]
+            print(f"{prompt}, {name}: largest difference {(made - other).abs().max():.1e}")
+            assert (made - other).abs().max() < (1e-3 if name == "one" else 1e-6)
 
 
 def test_whose_fault():

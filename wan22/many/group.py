@@ -19,7 +19,7 @@ from typing import Any
 from wan22.config import one_line
 from wan22.many.worker import Pipe, Work, live
 from wan22.several.launch import WATCH, Team, signal_name
-from wan22.several.watch import Member, News, Watchman, of_another
+from wan22.several.watch import RESCUE, Member, News, Watchman, of_another
 
 LAST_WORDS = 0.2  # seconds for what killed one of them to reach the batch, before all end
 FAREWELL = 20.0  # seconds for the others to go, once all is made
@@ -61,6 +61,10 @@ def live_together(pipe: Pipe, work: Work) -> None:
         return live(pipe, work)
 
     def tell(news: News) -> None:
+        # Whoever was not there yet when all were told to end is not told any more.
+        end = threading.Timer(LAST_WORDS + RESCUE + 1, os._exit, [1])
+        end.daemon = True
+        end.start()
         with contextlib.suppress(OSError, SystemExit):
             first.send(("dying", {"why": news.line}))
         time.sleep(LAST_WORDS)
@@ -87,7 +91,10 @@ def live_together(pipe: Pipe, work: Work) -> None:
         for other in others:
             other.join(FAREWELL)
     except Exception as error:
-        if member and of_another(error):  # all end, and the watchman knows why
+        if member is None:  # which may pass, so that it is no error of the batch: another worker begins
+            first.send(("dying", {"why": str(error)}))
+            raise SystemExit(1) from error
+        if of_another(error):  # all end, and the watchman knows why
             os._exit(member.fail(News("cut off", 0, one_line(str(error)))))
         raise
     finally:
@@ -107,8 +114,7 @@ def _wait(rank: int, other: Any, watchman: Watchman) -> None:
 
 
 def _meet(work: Work, place: dict[str, str]) -> Member:
-    """This process among the others. What fails here may pass (a port that another took), so that no error is the
-    batch's end: the worker dies, and another begins."""
+    """This process among the others. Raises RunError, where a port was taken since."""
     from wan22.parallel import meet
 
     os.environ.update(place)
@@ -128,4 +134,5 @@ def _live_beside(pipe: Any, work: Work, place: dict[str, str]) -> None:
     except BaseException as error:  # the first one is stuck in a message to this one: all end
         cause = error.__cause__ or error
         line = one_line(f"rank {work.rank}: {cause if str(cause) else type(cause).__name__}")
-        os._exit(member.fail(News("failed", work.rank, line)) if member else 1)
+        kind = "cut off" if of_another(cause) else "failed"
+        os._exit(member.fail(News(kind, work.rank, line)) if member else 1)
