@@ -74,7 +74,8 @@ def batch(
         str | None, typer.Option(metavar="HOST:PORT", help="Of a cluster; default: one that Ray finds, or starts.")
     ] = None,
     gpus_per_worker: Annotated[
-        int | None, typer.Option(min=1, help="GPUs that make each video together, and so fewer workers; default: 1.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="GPUs that make each video together, and so fewer workers; default: 1."),
     ] = None,
     gpus: Annotated[int | None, typer.Option(hidden=True)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
