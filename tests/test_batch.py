@@ -209,6 +209,8 @@ def test_a_batch(tmp_path, monkeypatch, capsys):
     assert cli.main(["generate", *SMALL, "--prompt", "two", "--seed", "7", "--output", "two.mp4"]) == 0
     assert (tmp_path / "two.mp4").read_bytes() == made[1].read_bytes()
     capsys.readouterr()
+    assert cli.main(["generate", *SMALL, "--prompt", "two", "--seed", "7", "--dry-run"]) == 0
+    assert f" {made[1].name}\n" in capsys.readouterr().out  # the same name, where nobody says another
     assert cli.main(["status", "p-videos", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (len(found["done"]), len(found["failed"]), found["seconds_left"]) == (2, 0, None)

@@ -101,6 +101,8 @@ def live(pipe: Pipe, work: Work, member: "Member | None" = None) -> None:
         if work.rank:
             raise
         pipe.send(("fatal", {"message": str(error), "hint": error.hint, "code": error.exit_code}))
+        if member:  # the others may not know
+            raise SystemExit(1) from error
         return
     pipe.send(("ready", {}))
     places = {request.prompt: place for place, request in reversed(list(enumerate(work.ahead)))}
