@@ -131,23 +131,21 @@ def test_a_worker_of_several_processes(cluster, tmp_path, monkeypatch, capsys, t
     """An actor and a process beside it make each video together; that one is killed, and nothing stays behind."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("one --seed 3\ntwo --seed 4\n")
-    folder, killed = tmp_path / "out", []
-
-    def beside(events):
-        """The other process of the actor that began an item."""
-        for event in events:
-            if event["event"] == "start":
-                for one in psutil.Process(int(event["worker"].split()[1])).children():
-                    if "spawn_main" in " ".join(one.cmdline()):
-                        return one
-        return None
+    folder, seen, killed = tmp_path / "out", set(), []
 
     def watch():
-        while not killed:
-            with contextlib.suppress(psutil.Error):
-                if list(folder.glob("*.state.safetensors")) and (one := beside(journal.read(folder))):
-                    one.kill()
-                    killed.append(one.pid)
+        """Find the processes beside those actors that began an item; kill the first, once there is a state."""
+        events = []
+        while not any(event["event"] == "end" for event in events):
+            events = list(journal.read(folder))
+            for event in events:
+                with contextlib.suppress(psutil.Error):
+                    if event["event"] == "start":
+                        children = psutil.Process(int(event["worker"].split()[1])).children()
+                        seen.update(one for one in children if "spawn_main" in " ".join(one.cmdline()))
+            if not killed and seen and list(folder.glob("*.state.safetensors")):
+                killed.extend(seen)
+                killed[0].kill()
             time.sleep(0.005)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -168,16 +166,19 @@ def test_a_worker_of_several_processes(cluster, tmp_path, monkeypatch, capsys, t
         (file,) = folder.glob(f"{prompt}-*.latents.safetensors")
         assert (load_file(file)["latents"] - alone).abs().max() < 1e-4
     assert sorted(path.name for path in folder.iterdir() if path.stem.count("-") == 0) == ["batch.jsonl", "index.html"]
+    watcher.join(10)
     end = time.monotonic() + 10
-    while (left := _beside()) and time.monotonic() < end:
+    while any(map(alive, seen)) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not left
+    assert len(seen) == 2
+    assert not any(map(alive, seen))
 
 
-def _beside():
-    """What actors have started, and is still there."""
-    return [one for one in psutil.process_iter(["cmdline", "status"]) if one.info["status"] != psutil.STATUS_ZOMBIE
-            and "spawn_main" in " ".join(one.info["cmdline"] or [])]  # fmt: skip
+def alive(process):
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def test_one_precision_for_all_nodes(tmp_path):

@@ -68,7 +68,10 @@ def live_together(pipe: Pipe, work: Work) -> None:
         with contextlib.suppress(OSError, SystemExit):
             first.send(("dying", {"why": news.line}))
         time.sleep(LAST_WORDS)
+        for other in others:  # they keep nothing; and one that is stopped hears nothing
+            other.kill()
 
+    others: list[Any] = []
     context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU that this one looked at
     pipes = [context.Pipe() for _ in range(work.gpus - 1)]
     first = _First(pipe, [ours for ours, _ in pipes])
@@ -77,7 +80,6 @@ def live_together(pipe: Pipe, work: Work) -> None:
         port = free.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
              WATCH: f"127.0.0.1 {watchman.port} {watchman.token}"}  # fmt: skip
-    others = []
     for rank, (_, theirs) in enumerate(pipes, 1):
         other = context.Process(target=_live_beside, args=(theirs, replace(work, rank=rank), place), daemon=True)
         other.start()
@@ -101,7 +103,7 @@ def live_together(pipe: Pipe, work: Work) -> None:
         if member:
             member.leave()
         watchman.close()
-        for other in others:  # they keep nothing
+        for other in others:
             other.kill()
 
 
