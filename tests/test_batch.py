@@ -188,6 +188,10 @@ def test_a_batch(tmp_path, monkeypatch, capsys):
     assert len(out.split()) == 2
     assert err.splitlines()[0] == "2 to make, 1 bad"
     assert "bad    line 3  --size" in err
+    assert cli.main([*words, "--dry-run", "--json"]) == 1
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(event["event"], event["where"]) for event in events] == [
+        ("plan", "line 1"), ("plan", "line 2"), ("bad", "line 3")]  # fmt: skip
     assert cli.main([*words, "--json"]) == 1
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     folder = tmp_path / "p-videos"

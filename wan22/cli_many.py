@@ -112,13 +112,18 @@ def batch(
         stack.callback(started.close)
         there, work = None if engine == "local" else started.devices[0].partition(":")[0], started.work
         jobs, bad = library.plan_jobs(items, bad, work.flags, work.base, there, work.gpus)
-        if dry_run:
+        tell = functools.partial(library.json_lines, data) if json_lines else library.console(len(jobs))
+        if dry_run and json_lines:
             for job in jobs:
-                print(folder / job.name, file=data)
+                tell("plan", name=job.name, where=job.item.where, request=library.changes(job.item.request))
+            for one in bad:
+                tell("bad", where=one.where, error=one.error)
+        elif dry_run:
+            print("".join(f"{folder / job.name}\n" for job in jobs), end="", file=data)
             wrong = [library.Outcome(one.where, "bad", one.error) for one in bad]
             print(f"{len(jobs)} to make{', ' * bool(bad)}{library.table(wrong)}", file=sys.stderr)
+        if dry_run:
             raise typer.Exit(bool(bad))
-        tell = functools.partial(library.json_lines, data) if json_lines else library.console(len(jobs))
         outcomes = library.Batch(jobs, folder, started, tell).run(bad)
     page = write_gallery(folder)
     if json_lines:
