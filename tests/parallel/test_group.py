@@ -11,20 +11,25 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import together
 import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
-from wan22 import batch, cli, cli_many
+from wan22 import batch, cli, cli_many, state
+from wan22.checkpoint import open_checkpoint
 from wan22.config import Placement, Request, RequestError, RunError
-from wan22.many import group, journal
+from wan22.many import claim, group, journal
 from wan22.many.items import read_items
 from wan22.many.local import LocalEngine, count_workers
 from wan22.many.worker import Work, mesh_of
 from wan22.options import Base, read_checkpoint
+from wan22.parallel import Ranks
 from wan22.pipeline import Pipeline
 from wan22.plan import Sizes
 from wan22.several import launch
+from wan22.several.launch import Team
+from wan22.several.mesh import Mesh
 from wan22.several.watch import of_another
 
 BASE = Base({}, {}, {})
@@ -197,6 +202,31 @@ def test_what_cannot_be(tmp_path, monkeypatch, capsys, words, said):
     err = capsys.readouterr().err
     assert said in err
     assert err.count("error:") == 1
+
+
+def _begin(rank, world, folder):
+    """What two ranks hear of an output that another process makes, of a folder that is none, and of a free name."""
+    pipe = Pipeline(open_checkpoint(TINY), placement=Placement("cpu"),
+                    ranks=Ranks(Team(rank, world, rank, world), Mesh(2), torch.device("cpu")))  # fmt: skip
+    heard = []
+    for name in ("held.mp4", "file/v.mp4", "free.mp4"):
+        try:
+            _, state = pipe.begin(Request("x", width=64, height=48, num_frames=5, seed=1), folder / name, True)
+            with state:
+                heard.append(str(state.output.name))
+        except (RequestError, RunError, OSError) as error:
+            heard.append(type(error).__name__)
+    return heard
+
+
+def test_what_the_first_cannot_begin_holds_up_none(tmp_path):
+    """They hear of it together, and go on with the next."""
+    (tmp_path / "file").write_text("")
+    held = claim.take(state.claim_path(tmp_path / "held.mp4"))
+    try:
+        assert together.run(2, _begin, tmp_path) == [["Busy", "RunError", "free.mp4"]] * 2
+    finally:
+        held.release()
 
 
 class _Pipe:
