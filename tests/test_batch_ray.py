@@ -1,6 +1,7 @@
 """The engine `ray` on a real cluster of two nodes on this machine, one of which is killed."""
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -47,6 +48,7 @@ def cluster(monkeypatch):
         made.wait_for_nodes()
         yield made
     finally:
+        gc.collect()  # handles and references, while there is somebody to tell
         ray.shutdown()
         made.shutdown()
 

@@ -1,6 +1,7 @@
 """Several processes for a test, forked from this one, which has imported everything already: they start in no time."""
 
 import functools
+import gc
 import io
 import multiprocessing
 import os
@@ -45,6 +46,7 @@ def run(world, function, *args, seconds=120):
 
 
 def _in_group(rank, world, store, pipe, function, args):
+    gc.freeze()  # what the parent has not collected yet is not this process's to tear down: Ray's objects, for one
     torch.set_num_threads(1)
     try:
         init = f"file://{store}"
@@ -71,6 +73,7 @@ class ForkedPopen:
 
     def _child(self, argv, env, stdout, stderr, fault, output):
         code = 70
+        gc.freeze()
         try:
             os.setsid()
             os.environ.clear()
