@@ -94,14 +94,18 @@ def check(first: Run, last: Run, interval: float) -> str | None:
     """What is wrong with how a killed run went on; None where nothing is."""
     if last.status:
         return f"exit code {last.status}"
-    done, resumed = first.steps(), last.resumed()
+    resumed = last.resumed()
     if [step for _, step in last.steps()] != list(range(resumed + 1, resumed + 1 + len(last.steps()))):
         return "steps are missing"
-    again = [at for at, step in done if step > resumed]
     # What is computed again was all done in the last interval, but for the time that a saving takes.
-    if again and first.seconds - again[0] > interval + SLACK:
-        return f"{len(again)} steps again, the first {first.seconds - again[0]:.1f} s before the kill"
+    if (lost := lost_seconds(first, last)) > interval + SLACK:
+        return f"the first step that is made again was done {lost:.1f} s before the kill"
     return None
+
+
+def lost_seconds(first: Run, last: Run) -> float:
+    """How long before the kill the first step was done that was made again."""
+    return max((first.seconds - at for at, step in first.steps() if step > last.resumed()), default=0.0)
 
 
 def pick(whole: Run) -> tuple[int, float]:
@@ -121,7 +125,7 @@ def test_point(number: int, options: argparse.Namespace, whole: Run, reference: 
         left = sorted(path.name for path in folder.iterdir())
         finished = any(event["event"] == "finished" for _, event in first.events)
         if finished and not any(".state" in file for file in left):
-            return [str(number), f"{step} + {later:.2f} s", "finished", "", "", "ok"]
+            return [str(number), f"{step} + {later:.2f} s", "finished", "", "", "", "ok"]
         last = run(command, folder)
         wrong = check(first, last, options.save_every)
         videos = sorted(path.name for path in folder.iterdir())
@@ -133,7 +137,8 @@ def test_point(number: int, options: argparse.Namespace, whole: Run, reference: 
             wrong = None if (folder / videos[0]).read_bytes() == expected else "other bits"
         done = max((step for _, step in first.steps()), default=0)
         again_made = max(0, done - last.resumed())
-        return [str(number), f"{step} + {later:.2f} s", str(done), str(last.resumed()), str(again_made), wrong or "ok"]
+        when, lost = f"{step} + {later:.2f} s", f"{lost_seconds(first, last):.2f}"
+        return [str(number), when, str(done), str(last.resumed()), str(again_made), lost, wrong or "ok"]
 
 
 def test_batch(number: int, options: argparse.Namespace, items: int) -> list[str]:
@@ -154,7 +159,7 @@ def test_batch(number: int, options: argparse.Namespace, items: int) -> list[str
         wrong = (f"exit codes {whole.status}, {last.status}" if whole.status or last.status else
                  "other bits" if made != expected or len(made) != items else
                  f"left behind: {left}" if sorted(left) != ["batch.jsonl", "index.html"] else "ok")  # fmt: skip
-        return [f"batch {number}", f"{kills} kills", f"{items} items", "", "", wrong]
+        return [f"batch {number}", f"{kills} kills", f"{items} items", "", "", "", wrong]
 
 
 def main(argv: list[str]) -> int:
@@ -192,8 +197,8 @@ def main(argv: list[str]) -> int:
 
     reference, whole = undisturbed(7)
     print(f"undisturbed: {whole.seconds:.1f} s")
-    row = "{:>8}  {:>12}  {:>8}  {:>12}  {:>11}  {}"
-    print(row.format("point", "killed after", "at step", "went on from", "steps again", ""))
+    row = "{:>8}  {:>12}  {:>8}  {:>12}  {:>11}  {:>10}  {}"
+    print(row.format("point", "killed after", "at step", "went on from", "steps again", "seconds", ""))
     rows = []
     for number in range(options.points):
         rows.append(test_point(number, options, whole, reference, lambda seed: undisturbed(seed)[0]))
@@ -202,7 +207,8 @@ def main(argv: list[str]) -> int:
         rows.append(test_batch(number, options, items=6))
         print(row.format(*rows[-1]), flush=True)
     good = sum(cells[-1] == "ok" for cells in rows)
-    print(f"{good} of {len(rows)} held")
+    longest = max((float(cells[-2]) for cells in rows if cells[-2]), default=0.0)
+    print(f"{good} of {len(rows)} held; at most {longest:.2f} s made again, saved every {options.save_every:g} s")
     return good != len(rows)
 
 

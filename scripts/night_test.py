@@ -2,6 +2,7 @@
 
     python scripts/night_test.py                   200 items, 10 bad lines, two local workers
     python scripts/night_test.py --engine ray      the same on a Ray cluster of two nodes here, one of which is killed
+    python scripts/night_test.py --workers 1 --gpus-per-worker 2    and one worker of two processes
     python scripts/night_test.py --again 20        and 20 random files made again with --from, bit for bit
 
 It holds where every good item is done exactly once, every bad line is reported, nothing is left in the folder but the
@@ -16,7 +17,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +26,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -104,8 +106,10 @@ class Trouble(threading.Thread):
         if not (fresh := [event for event in started[-2:] if begun[event["name"]] == 1]):
             return
         who = random.choice(fresh)["worker"]
-        with contextlib.suppress(OSError):
-            os.kill(int(who if isinstance(who, int) else who.split()[1]), signal.SIGKILL)
+        with contextlib.suppress(psutil.Error):
+            first = psutil.Process(int(who if isinstance(who, int) else who.split()[1]))
+            others = [one for one in first.children() if "spawn_main" in " ".join(one.cmdline())]
+            random.choice([first, *others]).kill()
             self.killed += 1
 
 
@@ -131,7 +135,9 @@ def night(options: argparse.Namespace, folder: Path, mounted: bool, cluster: Any
     """Run it; what is wrong with how it went."""
     source = folder.parent / "prompts.txt"
     source.write_text("\n".join(lines(options.items, options.bad)), encoding="utf-8")
-    engine = ["--engine", "ray", "--ray-address", cluster.address] if cluster else ["--workers", "2"]
+    engine = ["--engine", "ray", "--ray-address", cluster.address] if cluster else ["--workers", str(options.workers)]
+    if options.gpus_per_worker > 1:
+        engine += ["--gpus-per-worker", str(options.gpus_per_worker), "--device", "cpu"]
     command = [sys.executable, "-m", "wan22", "batch", str(source), "--output", str(folder), *options.common, *engine]
     trouble = Trouble(folder, options, mounted, cluster)
     trouble.start()
@@ -196,6 +202,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=10, help="of workers, at random")
     parser.add_argument("--full", type=float, default=4.0, help="seconds that the disk stays full")
     parser.add_argument("--again", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="of the engine local")
+    parser.add_argument("--gpus-per-worker", type=int, default=1, help="on CPUs, processes: any of them is killed")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     parser.add_argument("--model", default=str(TINY), help="a folder, or a name that --model takes")
     parser.add_argument("--size", default="64x64")

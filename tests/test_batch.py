@@ -10,20 +10,22 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, TINY
 
-from wan22 import batch, cli, cli_many
-from wan22.config import Request, RequestError
-from wan22.many import journal
-from wan22.many.items import Item, parse_seeds, read_items, recorded_attention, split_line
+from wan22 import batch, cli, cli_many, pipeline
+from wan22.config import ATTENTIONS, Precision, Request, RequestError
+from wan22.many import journal, worker
+from wan22.many.items import parse_seeds, read_items, recorded_base, split_line
 from wan22.many.local import LocalEngine
 from wan22.many.worker import Work
 from wan22.options import Base
 from wan22.output.record import read_record
+from wan22.pipeline import Pipeline, video_name
 
 BASE = Base({}, {}, {})
 PARSE = functools.partial(cli_many.parse_line, cli.typer.main.get_command(cli.app))
@@ -152,12 +154,14 @@ def test_several_gpus_on_one_video_are_for_generate(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.toml").write_text("[placement]\ngpus = 2\n")
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    for words, said in ((["--gpus", "2"], "--gpus"), (["--preset", "two.toml"], "gpus is for one video on several")):
+    for words in (["--gpus", "2"], ["--preset", "two.toml"]):
         assert cli.main(["batch", "prompts.txt", *SMALL, *words]) == 2
-        assert said in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert "gpus is for one video" in err
+        assert "--gpus-per-worker" in err
     (tmp_path / "prompts.txt").write_text("a cat --gpus 2\n")
     _, bad = read(tmp_path / "prompts.txt")
-    assert "each GPU makes videos of its own" in bad[0].error
+    assert "--gpus is for the whole batch: --gpus-per-worker N" in bad[0].error
 
 
 # --- whole batches ---------------------------------------------------------------------------------------------------
@@ -179,8 +183,15 @@ def test_a_batch(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("one\ntwo --seed 7\nbad --size 65x48\n")
     words = ["batch", "p.txt", *SMALL]
-    assert cli.main([*words, "--dry-run"]) == 0
-    assert len(capsys.readouterr().out.split()) == 2
+    assert cli.main([*words, "--dry-run"]) == 1  # as without it: a line is bad
+    out, err = capsys.readouterr()
+    assert len(out.split()) == 2
+    assert err.splitlines()[0] == "2 to make, 1 bad"
+    assert "bad    line 3  --size" in err
+    assert cli.main([*words, "--dry-run", "--json"]) == 1
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(event["event"], event["where"]) for event in events] == [
+        ("plan", "line 1"), ("plan", "line 2"), ("bad", "line 3")]  # fmt: skip
     assert cli.main([*words, "--json"]) == 1
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     folder = tmp_path / "p-videos"
@@ -202,6 +213,8 @@ def test_a_batch(tmp_path, monkeypatch, capsys):
     assert cli.main(["generate", *SMALL, "--prompt", "two", "--seed", "7", "--output", "two.mp4"]) == 0
     assert (tmp_path / "two.mp4").read_bytes() == made[1].read_bytes()
     capsys.readouterr()
+    assert cli.main(["generate", *SMALL, "--prompt", "two", "--seed", "7", "--dry-run"]) == 0
+    assert f" {made[1].name}\n" in capsys.readouterr().out  # the same name, where nobody says another
     assert cli.main(["status", "p-videos", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (len(found["done"]), len(found["failed"]), found["seconds_left"]) == (2, 0, None)
@@ -218,12 +231,111 @@ def test_a_folder_is_made_again_with_its_own_attention(tmp_path, monkeypatch):
     assert read_record(first)["precision"]["attention"] == "math"
     assert first.read_bytes() == second.read_bytes()
 
-    def items(*names):
-        return [Item("", Request("x"), name and {"precision": {"attention": name}}) for name in names]
 
-    assert recorded_attention(items("fa3", "fa3")) == "fa3"
-    for none in (("fa3", "cudnn"), ("fa3", None), (None,), ("made up",), ()):
-        assert recorded_attention(items(*none)) is None
+def test_a_folder_is_made_again_without_a_flag(tmp_path, monkeypatch, capsys):
+    """Precision, encoding and the demo are the records'; where these differ, what does is bad."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("one\n")
+    words = ["--dtype", "bf16", "--step-cache", "0.1", "--crf", "30", "--codec", "libx265", "--sidecar", "--save-every",
+             "0"]  # fmt: skip
+    assert cli.main(["generate", "--prompt", "one", "--seed", "1", *SMALL, *words, "--output", "old/v.mp4"]) == 0
+    assert cli.main(["batch", "old", "--ckpt_dir", str(TINY), "--output", "again"]) == 0
+    assert (tmp_path / "old" / "v.mp4").read_bytes() == next((tmp_path / "again").glob("*.mp4")).read_bytes()
+    # A flag says otherwise: of the encoding that is a wish, of the precision another video.
+    capsys.readouterr()
+    assert cli.main(["batch", "old", "--ckpt_dir", str(TINY), "--output", "other", "--dtype", "float32"]) == 1
+    assert "it was made with --dtype bf16, not float32" in capsys.readouterr().err
+    assert cli.main(["generate", "--prompt", "two", "--seed", "1", *SMALL, "--output", "old/w.mp4"]) == 0
+    assert cli.main(["batch", "old", "--ckpt_dir", str(TINY), "--output", "other", "--dry-run"]) == 1
+    assert "--dtype bf16, not float32; --step-cache 0.1, not 0.0" in capsys.readouterr().err
+
+
+def test_what_a_folder_agrees_on(tmp_path):
+    def folder(name, *records):
+        (tmp_path / name).mkdir()
+        for number, record in enumerate(records):
+            (tmp_path / name / f"{number}.json").write_text(json.dumps({"request": {"fps": 16}, **record}))
+        return recorded_base(tmp_path / name, BASE)
+
+    fast = {"weights": "bf16", "attention": "fa3", "scope": None, "step_cache": 0.0, "vae": "bf16"}
+    demo = {"model": "demo", "precision": fast, "encoding": {"crf": 5, "codec": "libx265"}}
+    assert folder("a", demo, demo) == replace(BASE, model="demo", precision=fast, encoding=demo["encoding"])
+    assert folder("b", demo, {**demo, "model": "x", "precision": {**fast, "attention": "cudnn"}}) == replace(
+        BASE, encoding=demo["encoding"])  # fmt: skip
+    assert folder("c", {"precision": {"weights": "made up"}, "encoding": [1], "model": None}) == BASE
+    assert folder("d") == BASE
+
+
+def test_names_do_not_depend_on_which_exact_backend_it_is():
+    """A GPU's is not known before it has tried them, and a batch names its videos before that."""
+    names = {attention: video_name(Path(), Request("x", seed=1), Precision("bf16", attention), "").name
+             for attention in ATTENTIONS}  # fmt: skip
+    assert len({names[name] for name in ("auto", "torch", "cudnn", "fa3", "math")}) == 1
+    assert len({names[name] for name in ("auto", "int8", "sage", "int8-bf16")}) == 4
+
+
+def test_srun_is_refused_as_torchrun_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("one\n")
+    slurm = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    for variables in ({"RANK": "0", "WORLD_SIZE": "2"}, slurm):
+        for words in (["batch", "p.txt", *SMALL], ["decode", "x.latents.safetensors"]):
+            with monkeypatch.context() as patch:
+                for name, value in variables.items():
+                    patch.setenv(name, value)
+                assert cli.main(words) == 2
+                assert capsys.readouterr().err.count("error:") == 1
+                patch.setenv(next(iter(variables)), "1")  # the other one says it no second time
+                assert cli.main(words) == 2
+                assert capsys.readouterr().err == ""
+    monkeypatch.setenv("SLURM_PROCID", "0")  # a job's script itself, or a step of one task
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert cli.main(["batch", "p.txt", *SMALL, "--dry-run"]) == 0
+
+
+class _Pipe:
+    """What a worker is given, and what it says."""
+
+    def __init__(self, given):
+        self.given, self.said = iter(given), []
+
+    def recv(self):
+        return next(self.given)
+
+    def send(self, said):
+        self.said.append(said)
+
+
+def test_prompts_are_encoded_a_group_at_a_time(tmp_path, monkeypatch):
+    """However long the file, no more are kept than a group's; and the encoder comes once a group."""
+    asked, kept = [], []
+    encode, make = pipeline.encode_all, Pipeline.generate_file
+
+    def counted(checkpoint, dtype, device, ids, *more):
+        asked.append(list(ids))
+        return encode(checkpoint, dtype, device, ids, *more)
+
+    def made(pipe, *args):
+        path = make(pipe, *args)
+        kept.append(len(pipe._contexts))
+        return path
+
+    monkeypatch.setattr(pipeline, "encode_all", counted)
+    monkeypatch.setattr(Pipeline, "generate_file", made)
+    monkeypatch.setattr(worker, "AHEAD", 3)
+    (tmp_path / "p.txt").write_text("\n".join([*"abcdefg", "long " * 600]))
+    flags, jobs, _ = jobs_of(tmp_path / "p.txt", "--steps", "1")
+    requests = [job.item.request for job in jobs]
+    orders = [(job.name, job.item.request) for job in [*jobs[:2], *jobs[3:], jobs[2]]]  # c was another's, who failed
+    pipe = _Pipe([*orders, None])
+    worker.live(pipe, Work(flags, BASE, tmp_path, ahead=tuple(requests)))
+    negative = requests[0].negative_prompt
+    assert [kind for kind, _ in pipe.said].count("done") == 8
+    long = requests[-1].prompt
+    assert [set(some) - {negative} for some in asked] == [set("abc"), set("def"), {"g", long}, set("cde")]
+    assert max(kept) == 4
+    warned = [data["text"] for kind, data in pipe.said if kind == "event" and data["event"] == "warning"]
+    assert [text for text in warned if "is cut" in text] != []
 
 
 def test_two_batches_share_a_folder_and_a_worker_is_killed(tmp_path):
@@ -278,7 +390,7 @@ def test_an_item_that_kills_workers_is_set_aside(tmp_path):
 class Scripted:
     """An engine of one worker that answers an item as told."""
 
-    devices, run = ["cpu"], "a run"
+    devices, work, last_words = ["cpu"], Work({}, BASE, Path()), None
 
     def __init__(self, *answers):
         self.answers, self.given, self.ready, self.job, self.who = list(answers), [], True, None, 1

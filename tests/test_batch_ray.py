@@ -1,5 +1,7 @@
 """The engine `ray` on a real cluster of two nodes on this machine, one of which is killed."""
 
+import contextlib
+import gc
 import json
 import os
 import shutil
@@ -10,17 +12,21 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from conftest import ROOT, TINY
+from safetensors.torch import load_file
 
 import wan22
 from wan22 import cli
+from wan22.config import Placement, Precision, Request, RequestError
 from wan22.many import journal
 from wan22.many import ray_cluster as batch_ray
 from wan22.many.worker import Work
 from wan22.options import Base
+from wan22.pipeline import Pipeline
 
 ray = pytest.importorskip("ray")
 
@@ -42,6 +48,7 @@ def cluster(monkeypatch):
         made.wait_for_nodes()
         yield made
     finally:
+        gc.collect()  # handles and references, while there is somebody to tell
         ray.shutdown()
         made.shutdown()
 
@@ -50,7 +57,6 @@ def test_what_cannot_be(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("a")
     for words, said in ((["--engine", "x"], "known: local, ray"), (["--ray-address", "a:1"], "is for --engine ray"),
-                        (["--gpus-per-worker", "2"], "is for --engine ray"),
                         (["--engine", "ray", "--ray-address", "ray://a:1"], "ray job submit"),
                         (["--engine", "ray", "--ray-address", "127.0.0.1:1"], "no Ray cluster")):  # fmt: skip
         assert cli.main(["batch", "p.txt", *SMALL, *words]) == 2
@@ -121,6 +127,88 @@ def test_a_node_is_killed_and_a_poisonous_item_set_aside(cluster, tmp_path, monk
     assert len(list(folder.glob("*.mp4"))) == 6
     left = sorted(path.name for path in folder.iterdir() if path.suffix != ".mp4" and "poison" not in path.name)
     assert left == ["batch.jsonl", "index.html"]
+
+
+def test_a_worker_of_several_processes(cluster, tmp_path, monkeypatch, capsys, tiny):
+    """An actor and a process beside it make each video together; that one is killed, and nothing stays behind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("one --seed 3\ntwo --seed 4\n")
+    folder, seen, killed = tmp_path / "out", set(), []
+
+    def watch():
+        """Find the processes beside those actors that began an item; kill the first, once there is a state."""
+        events = []
+        while not any(event["event"] == "end" for event in events):
+            events = list(journal.read(folder))
+            for event in events:
+                with contextlib.suppress(psutil.Error):
+                    if event["event"] == "start":
+                        children = psutil.Process(int(event["worker"].split()[1])).children()
+                        seen.update(one for one in children if "spawn_main" in " ".join(one.cmdline()))
+            if not killed and seen and list(folder.glob("*.state.safetensors")):
+                killed.extend(seen)
+                killed[0].kill()
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    words = ["batch", "p.txt", "--output", "out", *SMALL, "--shift", "3", "--steps", "40", "--engine", "ray", "--json"]
+    words += ["--ray-address", cluster.address, "--save-every", "0", "--workers", "1", "--gpus-per-worker", "2"]
+    code = cli.main([*words, "--keep-latents"])
+    out, err = capsys.readouterr()
+    events = [json.loads(line) for line in out.splitlines()]
+    assert (code, len(killed)) == (0, 1), err
+    told = Counter(event["event"] for event in events)
+    assert (told["done"], told["died"], told["failed"]) == (2, 1, 0)
+    assert "rank 1" in next(event["why"] for event in events if event["event"] == "died")
+    assert next(event["resumed"] for event in events if "resumed" in event) >= 1
+    for prompt, seed in (("one", 3), ("two", 4)):
+        request = Request(prompt, width=64, height=48, num_frames=5, num_steps=40, shift=3.0, seed=seed)
+        alone = Pipeline(tiny, placement=Placement("cpu")).generate(request).latents
+        (file,) = folder.glob(f"{prompt}-*.latents.safetensors")
+        assert (load_file(file)["latents"] - alone).abs().max() < 1e-4
+    assert sorted(path.name for path in folder.iterdir() if path.stem.count("-") == 0) == ["batch.jsonl", "index.html"]
+    watcher.join(10)
+    end = time.monotonic() + 10
+    while any(map(alive, seen)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert len(seen) == 2
+    assert not any(map(alive, seen))
+
+
+def alive(process):
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def test_one_precision_for_all_nodes(tmp_path):
+    """A preset is what the cluster's cards make of it, for the names here and for every worker; without one to ask, all
+    there is."""
+
+    def cluster_of(answer):
+        def get(said, timeout):
+            if answer is None:
+                raise ray.exceptions.GetTimeoutError
+            return answer
+
+        task = SimpleNamespace(remote=lambda: None)
+        return SimpleNamespace(remote=lambda **asked: lambda function: task, get=get, cancel=lambda said, force: None,
+                               exceptions=ray.exceptions)  # fmt: skip
+
+    def work(device, precision):
+        flags = dict.fromkeys(["dtype", "attention", "scope", "step_cache", "vae_dtype", "device"])
+        flags |= {"precision": precision, "convert_model_dtype": False}
+        return Work(flags, Base({}, {}, {}), tmp_path, device=device)
+
+    for answer, weights, attention in (((8, 0), "int8", "int8-bf16"), ((9, 0), "fp8", "auto"), (None, "fp8", "int8")):
+        found = batch_ray._definite(cluster_of(answer), work("cuda:0", "high"))
+        assert (found.base.precision["weights"], found.base.precision["attention"]) == (weights, attention)
+        assert found.flags["precision"] is None
+    assert batch_ray._definite(None, work("cpu", None)).base.precision == Precision().to_dict()
+    with pytest.raises(RequestError, match="needs a GPU"):
+        batch_ray._definite(None, work("cpu", "high"))
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

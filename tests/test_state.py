@@ -255,6 +255,34 @@ def test_a_kill_just_before_the_end_is_tidied_up(capsys, elsewhere, monkeypatch)
     assert run(capsys, *TYPED, "--seed", "5", "--output", "v.mp4")[0] == 2  # now it is there, as any other
 
 
+def test_it_is_packed_as_the_last_command_says(capsys, elsewhere, stop_at):
+    """How a file is encoded comes after all that a state holds; frames a second are the request's."""
+    stop_at(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    words = [*TYPED, "--seed", "5", "--output", "v.mp4", "--keep-latents"]
+    assert run(capsys, *words)[0] == 130
+    code, _, err = run(capsys, *words, "--fps", "8")
+    assert (code, "fps is 16 there and 8 here" in err) == (2, True)
+    code, _, err = run(capsys, *words, "--crf", "40", "--codec", "libx265")
+    assert (code, "going on from step 3" in err) == (0, True)
+    assert run(capsys, *words[:-3], "--output", "w.mp4", "--crf", "40", "--codec", "libx265")[0] == 0
+    assert (elsewhere / "v.mp4").read_bytes() == (elsewhere / "w.mp4").read_bytes()
+    assert state.read_latents_record(elsewhere / "v.latents.safetensors")["encoding"]["crf"] == 40
+
+
+def test_packed_otherwise_and_killed_at_the_end(capsys, elsewhere, monkeypatch):
+    """What lies beside the file then is known to be of it."""
+    words = [*TYPED, "--seed", "5", "--output", "v.mp4"]
+    with monkeypatch.context() as patch:
+        patch.setattr("wan22.pipeline._write", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        assert run(capsys, *words)[0] == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "close", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        assert run(capsys, *words, "--crf", "40")[0] == 130
+    assert files(elsewhere) == ["v.mp4", "v.state.safetensors"]
+    assert run(capsys, *words, "--crf", "40")[:2] == (0, "v.mp4\n")
+    assert files(elsewhere) == ["v.mp4"]
+
+
 # --- claims ----------------------------------------------------------------------------------------------------------
 def test_one_process_makes_a_file(tmp_path):
     path = tmp_path / ".v.claim"

@@ -13,6 +13,7 @@ FLOORS = [
     {"cli_many", "cli_bench"},
     {"batch", "bench", "compare"},
     {"local", "ray_cluster"},
+    {"group"},
     {"worker"},
     {"items", "parts", "memory_rows"},
     {"options"},

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from wan22 import plan
-from wan22.capability import ADA, resolve
+from wan22.capability import resolve
 from wan22.config import DEFAULT_TASK, DoesNotFit, Precision, Request, RequestError, RunError
 from wan22.many import claim
 from wan22.many.items import Bad, Item
 from wan22.many.journal import Journal
+from wan22.many.worker import Work, mesh_of
 from wan22.options import Base, Flags, read_checkpoint, read_placement, read_precision
 from wan22.output.names import CLAIM, STATE, beside, exists
 from wan22.output.record import read_record
@@ -61,6 +62,7 @@ class Worker(Protocol):
 
     ready: bool
     job: Job | None
+    last_words: str | None  # why it dies, where it could say so
 
     @property
     def who(self) -> int | str | None: ...
@@ -73,10 +75,11 @@ class Worker(Protocol):
 
 
 class Engine(Protocol):
-    """Where workers come from: as many/local.py's. devices: one a worker; run: the run's name in the journal."""
+    """Where workers come from: as many/local.py's. devices: one a worker, or the several of one; work: what all are
+    told, its settings definite where the cards are elsewhere."""
 
     devices: list[str]
-    run: str
+    work: Work
 
     def start(self, place: int, ahead: Sequence[Request], /) -> Any: ...
     def wait(self, workers: Any, seconds: float, /) -> list[Any]: ...
@@ -85,26 +88,32 @@ class Engine(Protocol):
 
 
 def plan_jobs(
-    items: list[Item], bad: list[Bad], flags: Flags, base: Base, elsewhere: str | None = None
+    items: list[Item], bad: list[Bad], flags: Flags, base: Base, elsewhere: str | None = None, gpus: int = 1
 ) -> tuple[list[Job], list[Bad]]:
     """Every item's name, and what turns out bad once the checkpoint is known. Reads headers only. elsewhere: the kind
-    of device (`cpu`, `cuda`) where the workers are not on this machine. Raises RequestError, and DoesNotFit where the
-    machine holds none of them.
+    of device (`cpu`, `cuda`) where the workers are not on this machine; gpus: of each of them. Raises RequestError, and
+    DoesNotFit where the machine holds none of them.
     """
     from wan22.pipeline import _device, find_adapters, resolve_precision, video_name
 
     checkpoint, placement = read_checkpoint(flags, base, DEFAULT_TASK), read_placement(flags, base)
-    asked = read_precision(flags, base, ADA if elsewhere else None)
-    precision = resolve(asked, elsewhere, ADA) if elsewhere else resolve_precision(asked, _device(placement.device))
+    asked = read_precision(flags, base)
+    precision = resolve(asked, elsewhere, None) if elsewhere else resolve_precision(asked, _device(placement.device))
     identity = checkpoint.identity()
     adapters, jobs, bad = find_adapters(checkpoint, placement), [], list(bad)
     sizes, too_large = plan.Sizes.of(checkpoint), None
-    fits = functools.lru_cache(None)(lambda request: plan.require_here(request, precision, placement, sizes))
+    mesh_of(placement, gpus, Request("x"), sizes)  # what no request makes possible
+
+    @functools.cache
+    def check(request: Request) -> None:
+        shares = mesh_of(placement, gpus, request, sizes)[1]
+        if not elsewhere:
+            plan.require_here(request, precision, placement, sizes, shares)
+
     for item in items:
         try:
             _check_record(item, precision, identity)
-            if not elsewhere:
-                fits(replace(item.request, prompt="x", seed=0))  # asked once for all that are alike
+            check(replace(item.request, prompt="x", seed=0))  # asked once for all that are alike
             resolved = replace(item.request, loras=adapters.resolve(item.request.loras))
         except (RequestError, DoesNotFit) as error:
             too_large = error if isinstance(error, DoesNotFit) else too_large
@@ -119,8 +128,13 @@ def plan_jobs(
 def _check_record(item: Item, precision: Precision, identity: str) -> None:
     if item.record and item.record.get("checkpoint") != identity:
         raise RequestError("it was made with another checkpoint")
-    if item.record and item.record.get("precision") != precision.to_dict():
-        raise RequestError(f"it was made with {item.record.get('precision')}, not {precision.to_dict()}")
+    if item.record and item.record.get("precision") != (here := precision.to_dict()):
+        there = item.record.get("precision")
+        there = there if isinstance(there, dict) else {}
+        flags = {"weights": "--dtype", "vae": "--vae-dtype"}
+        said = [f"{flags.get(name, f'--{name}').replace('_', '-')} {there.get(name)}, not {value}"
+                for name, value in here.items() if there.get(name) != value]  # fmt: skip
+        raise RequestError(f"it was made with {'; '.join(said)}")
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
@@ -161,12 +175,14 @@ class Batch:
 
     def run(self, bad: list[Bad]) -> list[Outcome]:
         """Make everything. Raises WanError where no worker can, and what interrupts it once the workers have gone."""
-        self.journal.add("begin", items=len(self.pending), workers=len(self.engine.devices), run=self.engine.run)
+        workers, run = len(self.engine.devices), self.engine.work.run
+        self.journal.add("begin", items=len(self.pending), workers=workers, run=run)
         for one in bad:
             self._say("bad", where=one.where, error=one.error)
             self.outcomes.append(Outcome(one.where, "bad", one.error))
         for job in self.pending:
             self.journal.add("item", name=job.name, where=job.item.where, request=changes(job.item.request))
+        total = len(self.pending)
         todo = [job for job in self.pending if not self._is_there(job)]
         self.pending = deque(todo)
         try:
@@ -174,9 +190,12 @@ class Batch:
                 self.workers.append(self._start(place))
             while self.pending or self.elsewhere or any(worker.job for worker in self.workers):
                 self._turn()
-        except BaseException:
+        except BaseException as error:
             for worker in self.workers:
                 worker.terminate()
+            if isinstance(error, SystemExit):
+                over = len(self.outcomes) - len(bad)
+                error.add_note(f"{over} of {total} items are over; the same command goes on")
             raise
         finally:
             for worker in self.workers:
@@ -215,6 +234,9 @@ class Batch:
         if kind == "fatal":
             kinds = {kind.exit_code: kind for kind in (RunError, RequestError, DoesNotFit)}
             raise kinds[data["code"]](data["message"], data["hint"])
+        if kind == "dying":
+            worker.last_words = data["why"]
+            return
         job = worker.job
         assert job
         if kind == "event":
@@ -247,7 +269,7 @@ class Batch:
 
     def _bury(self, worker: Worker, why: str) -> None:
         """A worker is dead: what it was making goes to another, and another takes its place."""
-        job, place = worker.job, self.workers.index(worker)
+        job, place, why = worker.job, self.workers.index(worker), worker.last_words or why
         self._say("died", name=job.name if job else None, worker=worker.who, why=why)
         if job:
             if worker.guilty():
@@ -257,7 +279,7 @@ class Batch:
             if job.deaths >= DEATHS or job.losses >= LOSSES:
                 if held := claim.take(beside(self.folder / job.name, CLAIM, hidden=True)):  # the dead one's
                     held.release()
-                self._end(job, "failed", error=f"{job.deaths + job.losses} workers died over it")
+                self._end(job, "failed", error=f"{job.deaths + job.losses} workers died over it: {why}")
             else:
                 self.pending.appendleft(job)
         if not worker.ready and worker.guilty():

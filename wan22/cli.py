@@ -5,10 +5,10 @@ while running, 2 wrong request, 3 does not fit, 130 and 143 interrupted. No trac
 """
 
 import codecs
+import contextlib
 import io
 import json
 import os
-import re
 import signal
 import sys
 import traceback
@@ -56,7 +56,7 @@ from wan22.options import (
 )
 from wan22.output.names import next_free
 from wan22.several.mesh import Mesh, Shares
-from wan22.several.watch import Member, News, announce
+from wan22.several.watch import Member, News, announce, of_another
 from wan22.signals import STOPPED, never_swallowed, stop
 from wan22.state import is_finished
 from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
@@ -413,7 +413,7 @@ def decode(
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
 ) -> None:
     """Make the video of latents that a run has kept."""
-    launching.refuse_torchrun(os.environ, "decode is for one process alone", "without torchrun")
+    launching.refuse_torchrun(os.environ, "decode is for one process alone", "without torchrun or srun")
     flags = dict(locals())
     record = read_any_record(latents)
     if output:
@@ -563,8 +563,9 @@ def main(argv: list[str]) -> int:
             return tell_others(error, member)
         if debug:
             raise
-        if os.environ.get("RANK", "0") != "0":
-            return explained(error)[2]  # of a command line that is wrong, which the first process says
+        with contextlib.suppress(RequestError):
+            if launching.team_of(os.environ).rank:
+                return explained(error)[2]  # of a command line that is wrong, which the first process says
         return explain(error)
     if _running.member:
         _running.member.leave()
@@ -574,9 +575,7 @@ def main(argv: list[str]) -> int:
 def tell_others(error: Exception, member: Member) -> int:
     """One of several processes failed: all end, and this is told once; the exit code."""
     message, hints, code = explained(error)
-    # What comes of another one's end says nothing of its cause.
-    of_others = re.search(r"gloo|NCCL|[Cc]onnection|peer|process group|pipe", str(error))
-    is_own = isinstance(error, WanError) or not of_others
+    is_own = not of_another(error)
     if is_own and member.rank and not isinstance(error, RequestError):
         message = f"rank {member.rank}: {message}"
     kept = notes(error)  # told by whoever keeps the state, whichever rank fails

@@ -9,27 +9,35 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan22.config import DEFAULT_TASK, Placement, RequestError
-from wan22.options import normalize, read_base, read_checkpoint, read_encoding, read_placement, with_options_of
-from wan22.several.launch import refuse_torchrun
+from wan22.config import DEFAULT_TASK, RequestError
+from wan22.options import (
+    normalize,
+    read_base,
+    read_checkpoint,
+    read_encoding,
+    read_placement,
+    read_precision,
+    with_options_of,
+)
+from wan22.several.launch import Team, refuse_lonely, refuse_torchrun
 from wan22.video import check_writable
 
 if TYPE_CHECKING:
     from wan22.batch import Engine
     from wan22.many.worker import Work
 
-TOGETHER = ("gpus", "ulysses_size", "ring_size", "dit_fsdp", "t5_fsdp")  # several GPUs on one video
-APART = "each GPU makes videos of its own"
+TOGETHER = "--gpus-per-worker N"  # several GPUs on one video
 # For the whole batch, or for one video alone.
 NOT_IN_BATCH = (
     "prompt", "output", "overwrite", "from_file", "json_lines", "dry_run", "sidecar", "use_prompt_extend",
     "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang", "prompt_extend_url",
-    "prompt_extend_fallback", *TOGETHER,
+    "prompt_extend_fallback", "gpus",
 )  # fmt: skip
 OF_A_LINE = (
     "prompt", "negative_prompt", "size", "frames", "fps", "steps", "shift", "solver", "guidance", "guidance_low",
@@ -45,7 +53,8 @@ def add_to(app: typer.Typer, generate: Callable[..., None]) -> None:
     @with_options_of(generate, without=NOT_IN_BATCH)
     @functools.wraps(batch)
     def checked(**flags: Any) -> None:
-        refuse_torchrun(os.environ, f"a batch is not for torchrun: {APART}", "--workers N")
+        refuse_torchrun(os.environ, "a batch starts its processes itself, and is not for torchrun or srun",
+                        "--workers N; on several hosts --engine ray, or a job array")  # fmt: skip
         batch(**flags)
 
     for command in (status, sheet, gallery):
@@ -64,44 +73,57 @@ def batch(
     ray_address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Of a cluster; default: one that Ray finds, or starts.")
     ] = None,
-    gpus_per_worker: Annotated[int | None, typer.Option(min=1, help="That Ray keeps for a worker; default: 1.")] = None,
+    gpus_per_worker: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="GPUs that make each video together, and so fewer workers; default: 1."),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(hidden=True)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="Events, one JSON object a line on stdout.")] = False,
     **flags: Any,
 ) -> None:
     """Make many videos; run again, or elsewhere too, to go on. Flags of generate count for items that do not say."""
     flags["prompt"] = flags["from_file"] = None
+    if gpus is not None:
+        raise RequestError("--gpus is for one video; a batch has workers", hint=TOGETHER)
     if seeds and (repeat > 1 or flags["seed"] is not None):
         raise RequestError("--seeds goes with neither --seed nor --repeat", hint="give one of them")
     from wan22 import batch as library
     from wan22.many.gallery import write_gallery
-    from wan22.many.items import parse_seeds, read_items, recorded_attention
+    from wan22.many.items import parse_seeds, read_items, recorded_base
     from wan22.many.worker import Work
 
     source, base = Path(file), read_base(flags)
     part, parts = library.parse_shard(shard)
+    if source.is_dir() and not flags["preset"]:
+        base = recorded_base(source, base)
     checkpoint = read_checkpoint(flags, base, DEFAULT_TASK)
     parse = functools.partial(parse_line, context.find_root().command)
     items, bad = read_items(source, flags, base, checkpoint, parse,
                             seeds=parse_seeds(seeds) if seeds else [], repeat=repeat)  # fmt: skip
-    if flags["attention"] is None:
-        flags["attention"] = recorded_attention(items)
     items, bad = items[part::parts], bad if part == 0 else []
     folder = Path(output or f"{source.resolve().stem}-videos")
     check_writable(folder / "video.mp4", if_exists="number", encoding=read_encoding(flags, base))
-    work = Work(dict(flags), base, folder, identity=checkpoint.identity())
+    work = Work(dict(flags), base, folder, identity=checkpoint.identity(), gpus=gpus_per_worker or 1)
     data = sys.stdout
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # where Ray prints what it has to say
         started = start_engine(engine, ray_address, gpus_per_worker, workers, work)
         stack.callback(started.close)
-        there = None if engine == "local" else started.devices[0].partition(":")[0]
-        jobs, bad = library.plan_jobs(items, bad, flags, base, there)
-        if dry_run:
-            print("\n".join([*(f"{folder / job.name}" for job in jobs)]), file=data)
-            print("\n".join(f"bad {one.where}: {one.error}" for one in bad), file=sys.stderr)
-            return
+        there, work = None if engine == "local" else started.devices[0].partition(":")[0], started.work
+        jobs, bad = library.plan_jobs(items, bad, work.flags, work.base, there, work.gpus)
         tell = functools.partial(library.json_lines, data) if json_lines else library.console(len(jobs))
+        if dry_run and json_lines:
+            for job in jobs:
+                tell("plan", name=job.name, where=job.item.where, request=library.changes(job.item.request))
+            for one in bad:
+                tell("bad", where=one.where, error=one.error)
+        elif dry_run:
+            print("".join(f"{folder / job.name}\n" for job in jobs), end="", file=data)
+            wrong = [library.Outcome(one.where, "bad", one.error) for one in bad]
+            print(f"{len(jobs)} to make{', ' * bool(bad)}{library.table(wrong)}", file=sys.stderr)
+        if dry_run:
+            raise typer.Exit(bool(bad))
         outcomes = library.Batch(jobs, folder, started, tell).run(bad)
     page = write_gallery(folder)
     if json_lines:
@@ -115,22 +137,21 @@ def batch(
 def start_engine(engine: str, address: str | None, gpus: int | None, workers: int | None, work: "Work") -> "Engine":
     """What makes the videos. Raises RequestError."""
     placement = read_placement(work.flags, work.base)
-    for name in TOGETHER:  # which only a preset can bring
-        if getattr(placement, name) != getattr(Placement, name):
-            raise RequestError(f"--preset: {name} is for one video on several GPUs; {APART} in a batch",
-                               hint="--workers N")  # fmt: skip
+    if placement.gpus is not None:  # which only a preset can bring
+        raise RequestError("--preset: gpus is for one video; a batch has workers", hint=TOGETHER)
+    precision = read_precision({**work.flags, "precision": None}, work.base)
+    refuse_lonely(replace(placement, gpus=work.gpus), precision, Team(), TOGETHER)
     if engine == "ray":
         from wan22.many.ray_cluster import RayEngine
 
         return RayEngine(address, workers, gpus, placement, work)
     if engine != "local":
         raise RequestError(f"--engine {engine}: unknown", hint="known: local, ray")
-    for flag, value in (("--ray-address", address), ("--gpus-per-worker", gpus)):
-        if value is not None:
-            raise RequestError(f"{flag} is for --engine ray")
+    if address is not None:
+        raise RequestError("--ray-address is for --engine ray")
     from wan22.many.local import LocalEngine, count_workers
 
-    return LocalEngine(count_workers(workers, placement), work)
+    return LocalEngine(count_workers(workers, placement, work.gpus), work)
 
 
 def parse_line(app: Any, words: list[str]) -> dict[str, Any]:
@@ -139,9 +160,8 @@ def parse_line(app: Any, words: list[str]) -> dict[str, Any]:
     context = command.make_context("generate", normalize(words)[0], help_option_names=[])
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
     if wrong := sorted(given - set(OF_A_LINE)):
-        one_video = f"for one video on several GPUs; {APART} in a batch"
-        why = one_video if wrong[0] in TOGETHER else "for the whole batch"
-        raise RequestError(f"--{wrong[0].replace('_', '-')} is {why}")
+        how = f": {TOGETHER}" if wrong[0] == "gpus" else ""
+        raise RequestError(f"--{wrong[0].replace('_', '-')} is for the whole batch{how}")
     return {name: context.params[name] for name in given}
 
 

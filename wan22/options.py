@@ -131,7 +131,7 @@ def read_placement(flags: Flags, base: Base) -> Placement:
     asked = given(device=flags["device"], offload=offload, text_encoder="cpu" if flags["t5_cpu"] else None,
                   lora_dir=flags["lora_dir"], gpu_memory_limit=limit, save_every=flags["save_every"],
                   prompt_cache=False if flags["no_prompt_cache"] else None)  # fmt: skip
-    for name in ("gpus", "ulysses_size", "ring_size", "dit_fsdp", "t5_fsdp"):  # which a batch has not
+    for name in ("gpus", "ulysses_size", "ring_size", "dit_fsdp", "t5_fsdp"):  # of which a batch has not the first
         if (value := flags.get(name)) is not None and value is not False:
             asked[name] = value
     return Placement.from_dict({**base.placement, **asked})

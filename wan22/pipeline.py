@@ -4,7 +4,7 @@ import math
 import platform
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import wan22
-from wan22.attention import Shape, choose
+from wan22.attention import BACKENDS, Shape, choose
 from wan22.capability import resolve
 from wan22.checkpoint import Checkpoint, Parts, find_checkpoint, hub_cache, open_checkpoint
 from wan22.config import (
@@ -28,6 +28,7 @@ from wan22.config import (
     Request,
     RequestError,
     RunError,
+    WanError,
     data_dir,
     digest,
     load_preset,
@@ -103,6 +104,8 @@ class Pipeline:
         self.identity = checkpoint.identity()
         limit_gpu_memory(self.device, placement.gpu_memory_limit)
         self._contexts: dict[str, Tensor] = {}  # of prompts encoded before, on the CPU
+        self._cut: set[str] = set()  # those that were too long
+        self.ahead: Sequence[str] = ()  # prompts that come next: encoded with one that has to be, and kept till then
 
     @classmethod
     def from_pretrained(
@@ -163,15 +166,23 @@ class Pipeline:
         drawn = request.seed is None
         request = self.resolve(request)
         if self.ranks and not self.ranks.first:
-            request, lead = self.ranks.share(None)
+            begun = self.ranks.share(None)
+            if isinstance(begun, Exception):
+                raise begun
+            request, lead = begun
             return request, Follower(lead)
         record = self.record(request)
         save_every = self.placement.save_every
         settings: dict[str, Any] = {"any_seed": drawn, "steps": request.num_steps, "save_every": save_every}
-        if output:
-            state = begin_given(output, record, overwrite=overwrite, **settings)
-        else:
-            state = begin_automatic(self.name(request, folder), record, **settings)
+        try:
+            if output:
+                state = begin_given(output, record, overwrite=overwrite, **settings)
+            else:
+                state = begin_automatic(self.name(request, folder), record, **settings)
+        except (WanError, OSError) as error:
+            if self.ranks:
+                self.ranks.share(error)
+            raise
         request = replace(request, seed=state.record["request"]["seed"])
         if self.ranks:
             self.ranks.share((request, state.lead))
@@ -336,17 +347,21 @@ class Pipeline:
 
     def _encode(self, prompts: list[str], reporter: Reporter, mode: str) -> list[Tensor]:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]
+        if missing and self.ahead:
+            wanted = dict.fromkeys([*prompts, *self.ahead])
+            self._contexts = {prompt: self._contexts[prompt] for prompt in wanted if prompt in self._contexts}
+            missing = [prompt for prompt in wanted if prompt not in self._contexts]
         on = torch.device("cpu") if mode == "cpu" else self.device
         cache = cache_for(self.checkpoint, self.dtype, on) if self.placement.prompt_cache and missing else None
         encoded = {prompt: found for prompt in missing if cache and (found := cache.get(prompt))}
         if self.ranks and self.ranks.shard_text:  # all must miss the same
             encoded = self.ranks.share(encoded)
-        cut = {prompt for prompt, found in encoded.items() if found.cut}
+        self._cut |= {prompt for prompt, found in encoded.items() if found.cut}
         self._contexts |= {prompt: found.context for prompt, found in encoded.items()}
         if missing := [prompt for prompt in missing if prompt not in encoded]:
             tokenizer = Tokenizer(self.checkpoint.tokenizer, MODEL_SPECS[DEFAULT_TASK].text_len)
             tokens = {prompt: tokenizer(prompt) for prompt in missing}
-            cut |= {prompt for prompt, (_, too_long) in tokens.items() if too_long}
+            self._cut |= {prompt for prompt, (_, too_long) in tokens.items() if too_long}
             troubles = []
 
             def say(trouble: str) -> None:
@@ -361,8 +376,8 @@ class Pipeline:
             self._contexts |= contexts
             if cache and not troubles and self._speaks:  # after which it was perhaps another device's work
                 for prompt, context in contexts.items():
-                    cache.put(prompt, Encoded(context, prompt in cut))
-        for prompt in (prompt for prompt in dict.fromkeys(prompts) if prompt in cut):
+                    cache.put(prompt, Encoded(context, prompt in self._cut))
+        for prompt in (prompt for prompt in dict.fromkeys(prompts) if prompt in self._cut):
             most = MODEL_SPECS[DEFAULT_TASK].text_len
             reporter.warn(f"the prompt is longer than {most} tokens; the rest is cut: {prompt[:40]}…")
         return [self._contexts[prompt] for prompt in prompts]
@@ -427,7 +442,12 @@ def _process_start() -> float:
 
 
 def video_name(folder: Path, request: Request, precision: Precision, identity: str) -> Path:
-    """A name made of the prompt and a digest of all that decides the picture; request and precision are resolved."""
+    """A name made of the prompt and a digest of all that decides the picture; request and precision are resolved.
+
+    Which of the exact attention backends is at work decides no more than roundings, and is not known before a GPU has
+    tried them: it is no part of the name."""
+    if precision.attention in BACKENDS and BACKENDS[precision.attention].exact:
+        precision = replace(precision, attention="auto")
     decides = digest(request.to_dict(), precision.to_dict(), {"": identity})
     return default_output(folder, request.original_prompt or request.prompt, decides)
 

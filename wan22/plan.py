@@ -238,15 +238,16 @@ def require_gpus(placement: Placement, team: Team) -> None:
 
 
 def spread(
-    request: Request, placement: Placement, sizes: Sizes, team: Team = Team()  # noqa: B008 (frozen)
-) -> tuple[Mesh, Shares]:
+    request: Request, placement: Placement, sizes: Sizes, team: Team = Team(),  # noqa: B008 (frozen)
+    guided: bool | None = None,
+) -> tuple[Mesh, Shares]:  # fmt: skip
     """How a request is spread over the processes that there are, or that `--gpus` asks for, and what each has of it.
-    Raises RequestError for what cannot work."""
+    guided: as if the request was, or was not. Raises RequestError for what cannot work."""
     world = placement.gpus or team.world
     if world == 1:
         return Mesh(), Shares()
     local = team.local_world if team.world > 1 else world
-    mesh = choose_mesh(world, local, sizes.num_heads, tokens_of(request), request.guided,
+    mesh = choose_mesh(world, local, sizes.num_heads, tokens_of(request), request.guided if guided is None else guided,
                        placement.ulysses_size, placement.ring_size)  # fmt: skip
     experts, text = (world if sharded else 1 for sharded in (placement.dit_fsdp, placement.t5_fsdp))
     return mesh, Shares(world, mesh.sequence, experts, text, local)

@@ -189,6 +189,7 @@ class RunState:
         self.path = state_path(output)
         self.begun: Progress | None = None
         self.finished = False  # the output is whole already
+        self.repacked = False  # the state on disk is of a run that was to be packed otherwise
         self.saved = 0  # steps on disk
         self.trouble: str | None = None  # why the last saving failed
         self._claim, self._save_every, self._automatic = held, save_every, automatic
@@ -214,8 +215,11 @@ class RunState:
 
     def finish(self, latents: "Tensor") -> None:
         """The last step is done: the latents alone, on the disk when this returns unless `trouble` says why not."""
-        if not (self.begun and self.begun.done == self.steps):
+        if self.repacked or not (self.begun and self.begun.done == self.steps):
+            if self._writer:
+                self._writer.join()
             self._latest = Progress(self.steps, latents, {})
+            self.saved = min(self.saved, self.steps - 1)  # instead of one with the solver's memory, or packed otherwise
             self._save_now()
 
     def close(self, keep_latents: bool = False) -> None:
@@ -379,7 +383,11 @@ def claim_path(output: Path) -> Path:
 
 
 def _go_on(run: RunState, saved: Saved) -> None:
-    run.record, run.finished = saved.record, is_finished(run.output)
+    # How the file is packed comes after all that the state holds: it is as asked for now.
+    asked = run.record.get("encoding")
+    run.finished = is_finished(run.output)
+    run.repacked = not run.finished and saved.record.get("encoding") != asked
+    run.record = {**saved.record, "encoding": asked} if run.repacked else saved.record
     run.begun = saved.progress()
     run.saved = saved.done
 

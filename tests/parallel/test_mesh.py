@@ -124,7 +124,7 @@ def test_what_does_not_go_with_several_is_told_before_they_start(capsys):
 
 @pytest.mark.parametrize(("words", "said"), [
     (["bench", "--layers", "1"], "bench measures one GPU"), (["decode", "x.latents.safetensors"], "for one process"),
-    (["batch", "prompts.txt"], "each GPU makes videos of its own"),
+    (["batch", "prompts.txt"], "a batch starts its processes itself"),
 ])  # fmt: skip
 def test_commands_that_torchrun_is_not_for(words, said, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")

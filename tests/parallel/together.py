@@ -48,7 +48,7 @@ def run(world, function, *args, seconds=120):
 
 
 def _in_group(rank, world, store, pipe, function, args):
-    gc.freeze()  # what the parent had imported is none of this process's to collect: some of it (Ray's) crashes
+    gc.freeze()  # what the parent has not collected yet is not this process's to tear down: Ray's objects, for one
     torch.set_num_threads(1)
     try:
         init = f"file://{store}"
@@ -75,6 +75,7 @@ class ForkedPopen:
 
     def _child(self, argv, env, stdout, stderr, fault, output):
         code = 70
+        gc.freeze()
         try:
             os.setsid()
             os.environ.clear()

@@ -10,6 +10,7 @@
 Without a seed an item gets one that follows from its content, so that the same file is always the same videos.
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from wan22.checkpoint import Checkpoint
-from wan22.config import ATTENTIONS, Request, RequestError, WanError, digest
+from wan22.config import Encoding, Precision, Request, RequestError, WanError, digest
 from wan22.options import Base, Flags, make_request, read_any_record, read_request
 
 Parse = Callable[[list[str]], dict[str, Any]]  # words of a command line → the flags given; raises what it likes
@@ -85,11 +86,23 @@ def read_items(
     return list({item.request: item for item in reversed(items)}.values())[::-1], bad  # the first of those alike
 
 
-def recorded_attention(items: list[Item]) -> str | None:
-    """The attention backend of earlier videos, where all items are such and had one: `auto` might take another."""
-    precisions = [(item.record or {}).get("precision") for item in items]
-    found = {precision.get("attention") if isinstance(precision, dict) else None for precision in precisions}
-    return next((name for name in ATTENTIONS if found == {name}), None)
+def recorded_base(folder: Path, base: Base) -> Base:
+    """A base with what earlier videos were made with, as far as all of a folder agree: their precision, down to the
+    attention backend (`auto` might take another), their encoding, and the demo."""
+    found: dict[str, list[Any]] = {"precision": [], "encoding": [], "model": []}
+    for path in _videos(folder):
+        with contextlib.suppress(RequestError):
+            record = read_any_record(str(path))
+            if isinstance(record.get("request"), dict):
+                for part, values in found.items():
+                    if record.get(part) not in values:
+                        values.append(record.get(part))
+    alike = {part: values[0] for part, values in found.items() if len(values) == 1 and values[0]}
+    with contextlib.suppress(RequestError, TypeError, KeyError):
+        base = replace(base, precision=Precision.from_dict(alike["precision"]).to_dict())
+    with contextlib.suppress(RequestError, TypeError, KeyError):
+        base = replace(base, encoding=Encoding.from_dict(alike["encoding"]).to_dict())
+    return replace(base, model="demo") if alike.get("model") == "demo" else base
 
 
 def _seeded(request: Request, seeds: list[int], repeat: int, seen: Counter[str]) -> Iterator[Request]:

@@ -14,12 +14,14 @@ from multiprocessing import connection
 from typing import Any
 
 from wan22.config import Placement, Request, RequestError
-from wan22.many.worker import GRACE, Work, live
+from wan22.many.group import live_together
+from wan22.many.worker import GRACE, Work
 from wan22.signals import never_swallowed, stop
 
 
-def count_workers(wanted: int | None, placement: Placement) -> list[str]:
-    """The devices of the workers. Raises RequestError."""
+def count_workers(wanted: int | None, placement: Placement, gpus: int = 1) -> list[str]:
+    """The devices of the workers; of one that has several `gpus`, their names as CUDA_VISIBLE_DEVICES takes them.
+    Raises RequestError."""
     import torch
 
     if wanted is not None and wanted < 1:
@@ -27,8 +29,18 @@ def count_workers(wanted: int | None, placement: Placement) -> list[str]:
     if placement.device == "cpu" or (placement.device == "auto" and not torch.cuda.is_available()):
         return ["cpu"] * (wanted or 1)
     devices = [placement.device] if ":" in placement.device else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if gpus > 1:
+        there = len(devices)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(there)))
+        cards = [card.strip() for card in visible.split(",")][:there]
+        devices = [",".join(cards[first : first + gpus]) for first in range(0, there - gpus + 1, gpus)]
+        if not devices:
+            raise RequestError(f"--gpus-per-worker {gpus}: there {'is' if there == 1 else 'are'} {there} here")
     if wanted and wanted > len(devices):
-        raise RequestError(f"--workers {wanted}: there are {len(devices)} GPUs for them", hint="one worker a GPU")
+        room, each = ("worker", f", {gpus} GPUs each") if gpus > 1 else ("GPU", "")
+        there_are = f"there {'is' if len(devices) == 1 else 'are'} {len(devices)}"
+        raise RequestError(f"--workers {wanted}: {there_are} {room}{'s' * (len(devices) != 1)} for them{each}",
+                           hint="one worker a GPU" if gpus == 1 else None)  # fmt: skip
     return devices[:wanted]
 
 
@@ -41,6 +53,7 @@ class LocalWorker:
         self.device = work.device
         self.ready = False
         self.job: Any = None
+        self.last_words: str | None = None
         self.process = context.Process(target=_work, args=(theirs, work), daemon=False)
         self.process.start()
         theirs.close()
@@ -87,12 +100,14 @@ class LocalEngine:
 
     def __init__(self, devices: list[str], work: Work) -> None:
         """work: what all are told; device, threads and requests ahead are each worker's own."""
-        self.devices, self.run, self._work = devices, work.run, work
+        self.devices, self.work = devices, work
 
     def start(self, place: int, ahead: Sequence[Request]) -> LocalWorker:
         """The worker at a place, from 0."""
-        threads = max(1, (os.cpu_count() or 1) // len(self.devices)) if len(self.devices) > 1 else 0
-        return LocalWorker(replace(self._work, device=self.devices[place], threads=threads, ahead=tuple(ahead)))
+        processes, device = len(self.devices) * self.work.gpus, self.devices[place]
+        threads = max(1, (os.cpu_count() or 1) // processes) if processes > 1 else 0
+        own = {"device": device} if self.work.gpus == 1 or device == "cpu" else {"device": "cuda", "cards": device}
+        return LocalWorker(replace(self.work, threads=threads, ahead=tuple(ahead), **own))  # type: ignore[arg-type]
 
     def wait(self, workers: Sequence[LocalWorker], seconds: float) -> list[LocalWorker]:
         """Those that have said something, or died; at the latest when so many seconds are over."""
@@ -111,10 +126,12 @@ def _work(pipe: Any, work: Work) -> None:
     """The process of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who then terminates us
     signal.signal(signal.SIGTERM, stop)
+    if work.cards is not None:  # before anything looks at them
+        os.environ["CUDA_VISIBLE_DEVICES"] = work.cards
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:
         with never_swallowed(), contextlib.suppress(EOFError, BrokenPipeError):  # the parent has gone
-            live(pipe, work)
+            live_together(pipe, work)
     finally:  # who signals a whole group of processes signals us twice, and nothing is left to keep
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -22,12 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import wan22
+from wan22.capability import ADA
 from wan22.config import Placement, Request, RequestError
+from wan22.machine import gpu_capability
+from wan22.many.group import live_together
 from wan22.many.journal import NAME as JOURNAL
-from wan22.many.worker import GRACE, Work, live
+from wan22.many.worker import GRACE, Work
+from wan22.options import read_precision
 
 LISTEN = 5.0  # seconds that an actor is waited for to say something
 SEEN = 15.0  # seconds until a file of one node is seen on another, over a network
+CARD = 30.0  # seconds for a node to say what card it has
 NEWS = 60.0  # seconds between two words on why nothing begins
 
 
@@ -64,7 +69,7 @@ class Actor:
             if trouble := _elsewhere(work, home):
                 self.send(("fatal", trouble))
             else:
-                live(self, work)
+                live_together(self, work)
         finally:
             with self._news:
                 self._news.notify_all()
@@ -134,6 +139,7 @@ class RayWorker:
         self.actor = actor
         self.ready = False
         self.job: Any = None
+        self.last_words: str | None = None
         self.who: str | None = None  # not known before Ray has found it a place
         self.node: str | None = None
         self._heard = 0
@@ -207,8 +213,8 @@ class RayEngine:
         self, address: str | None, workers: int | None, gpus: int | None, placement: Placement, work: Work
     ) -> None:
         """address: of a cluster; without one, the one that Ray finds here, or else one that it starts here. workers:
-        by default as many as the GPUs of the cluster allow, or one a node. gpus: of each worker. work: what all are
-        told; its identity is that of the checkpoint here. Raises RequestError.
+        by default as many as the GPUs of the cluster allow, or one a node. gpus: of each worker; on a CPU, processes.
+        work: what all are told; its identity is that of the checkpoint here. Raises RequestError.
         """
         ray = _connect(address)
         if ":" in placement.device:
@@ -218,20 +224,19 @@ class RayEngine:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         there = int(sum(node.get("GPU", 0) for node in nodes))
         on_gpu = placement.device == "cuda" or (placement.device == "auto" and (there or gpus))
-        if gpus and not on_gpu:
-            raise RequestError(f"--gpus-per-worker {gpus} and --device cpu contradict each other")
         self.gpus = (gpus or 1) if on_gpu else 0
         # A cluster that grows may have none yet: then --workers says how many there will be.
         rooms = sum(int(node.get("GPU", 0)) // self.gpus for node in nodes) if on_gpu else len(nodes)
         if not (workers or rooms):
             raise RequestError(f"the Ray cluster has no node with {self.gpus} GPUs",
                                hint="--workers N, where such nodes are to come")  # fmt: skip
-        self.devices = ["cuda:0" if on_gpu else "cpu"] * (workers or rooms)
+        self.devices = [("cuda" if self.gpus > 1 else "cuda:0") if on_gpu else "cpu"] * (workers or rooms)
         cpus = [int(node.get("CPU", 1)) for node in nodes]
         # On a CPU a worker takes its whole share: Ray has torch use as many threads.
         self.cpus = 1 if on_gpu else max(1, min(min(cpus), sum(cpus) // len(self.devices)))
-        self.run = work.run
-        self._work = replace(work, folder=work.folder.absolute(), device=self.devices[0])
+        threads = max(1, self.cpus // work.gpus) if work.gpus > 1 and not on_gpu else 0
+        self.work = _definite(ray, replace(work, folder=work.folder.absolute(), device=self.devices[0],
+                                           threads=threads))  # fmt: skip
         self._home = Home(wan22.__version__, Path.cwd())
         self._since, self._told = time.monotonic(), 0.0
         self._actor = ray.remote(Actor)
@@ -241,7 +246,7 @@ class RayEngine:
         actor = self._actor.options(
             num_gpus=self.gpus, num_cpus=self.cpus, max_restarts=0, max_task_retries=0, max_concurrency=8,
             scheduling_strategy="SPREAD",
-        ).remote(replace(self._work, ahead=tuple(ahead)), self._home)  # fmt: skip
+        ).remote(replace(self.work, ahead=tuple(ahead)), self._home)  # fmt: skip
         return RayWorker(actor)
 
     def wait(self, workers: Sequence[RayWorker], seconds: float) -> list[RayWorker]:
@@ -268,6 +273,22 @@ class RayEngine:
         import ray
 
         ray.shutdown()
+
+
+def _definite(ray: Any, work: Work) -> Work:
+    """The work with its precision as the cluster's cards have it, so that every worker and every name means the same.
+    Raises RequestError."""
+    on_gpu = work.device != "cpu"
+    card = None
+    if on_gpu and work.flags["precision"] not in (None, "exact"):
+        said = ray.remote(num_gpus=1, num_cpus=0, max_retries=0)(gpu_capability).remote()
+        with contextlib.suppress(ray.exceptions.RayError):  # such as no wan22 there, which its worker will tell
+            card = ray.get(said, timeout=CARD)
+        ray.cancel(said, force=True)
+    # The card here, if there is one, has no say; where there is none to ask yet, it is taken for one that can do all.
+    precision = read_precision({**work.flags, "device": "cpu"}, work.base, card or ADA if on_gpu else None)
+    base = replace(work.base, precision=precision.to_dict())
+    return replace(work, flags={**work.flags, "precision": None}, base=base)
 
 
 def _connect(address: str | None) -> Any:

@@ -11,22 +11,31 @@ It talks through a pipe, whatever that is made of: `send((kind, data))`, and `re
 | `busy`, `there` | another process is at work on it, or has been quicker                      |
 | `done`   | seconds                                                                           |
 | `failed` | error; may_pass: whether another try may go better; full: whether the disk is     |
+| `dying`  | why: one of the processes that make up the worker has ended (group.py)            |
 """
 
 import os
 import secrets
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from wan22.config import DEFAULT_TASK, DiskFull, Request, RequestError, RunError, WanError
+from wan22 import plan
+from wan22.config import DEFAULT_TASK, DiskFull, Placement, Request, RequestError, RunError, WanError
 from wan22.options import Base, read_checkpoint, read_encoding, read_placement, read_precision
 from wan22.output.names import DISK_FULL, exists, reason
 from wan22.report import Reporter
+from wan22.several.mesh import Mesh, Shares
+from wan22.several.watch import of_another
+
+if TYPE_CHECKING:
+    from wan22.several.watch import Member
 
 GRACE = 120.0  # seconds for a worker to keep its state
+AHEAD = 128  # items whose prompts are encoded at once: 0.1 GB of the usual length, 1 GB of the longest
 
 
 class Pipe(Protocol):
@@ -41,8 +50,10 @@ class Work:
     """What a worker is told at its start.
 
     flags, base: those of the batch; folder: where the videos go; threads: for torch, 0 to leave them as they are;
-    ahead: requests whose prompts are encoded at once; identity: the checkpoint that must be met here, where it may be
-    another; run: what this batch is called in the folder's journal.
+    ahead: what is to be made, in order, for prompts to be encoded together; identity: the checkpoint that must be met
+    here, where it may be another; gpus: processes that make each video together, of which this is the one of that rank;
+    cards: the GPUs that they see, where not all of the machine's; run: what this batch is called in the folder's
+    journal.
     """
 
     flags: dict[str, Any]
@@ -52,6 +63,9 @@ class Work:
     threads: int = 0
     ahead: tuple[Request, ...] = ()
     identity: str | None = None
+    gpus: int = 1
+    rank: int = 0
+    cards: str | None = None
     run: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
@@ -77,19 +91,28 @@ class _PipeReporter(Reporter):
             self._pipe.send(("event", {"event": event, **data}))
 
 
-def live(pipe: Pipe, work: Work) -> None:
-    """A worker's life, till it is given None."""
+def live(pipe: Pipe, work: Work, member: "Member | None" = None) -> None:
+    """A worker's life, till it is given None; member: its part in a group of several (group.py)."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         pipeline = _open(work)
     except WanError as error:
+        if work.rank:
+            raise
         pipe.send(("fatal", {"message": str(error), "hint": error.hint, "code": error.exit_code}))
+        if member:  # the others may not know
+            raise SystemExit(1) from error
         return
     pipe.send(("ready", {}))
+    places = {request.prompt: place for place, request in reversed(list(enumerate(work.ahead)))}
     while (given := pipe.recv()) is not None:
         name, request = given
-        _make(pipe, pipeline, work.folder / name, request, work.flags)
+        place = places.get(request.prompt, len(work.ahead))
+        pipeline.ahead = _texts(work.ahead[place : place + AHEAD])
+        _make(pipe, pipeline, work.folder / name, request, work.flags, member)
+    if pipeline.ranks:
+        pipeline.ranks.part()
 
 
 def _open(work: Work) -> Any:
@@ -102,29 +125,49 @@ def _open(work: Work) -> Any:
     flags, base = work.flags, work.base
     placement = replace(read_placement(flags, base), device=work.device)
     checkpoint, precision = read_checkpoint(flags, base, DEFAULT_TASK), read_precision(flags, base)
-    pipeline = Pipeline(checkpoint, precision, placement, read_encoding(flags, base))
+    ranks = None
+    if work.gpus > 1:
+        from wan22.parallel import Ranks
+        from wan22.several.launch import Team
+
+        team = Team(work.rank, work.gpus, work.rank, work.gpus)
+        ranks = Ranks.of(team, mesh_of(placement, work.gpus, Request("x"), plan.Sizes.of(checkpoint))[0], placement)
+    pipeline = Pipeline(checkpoint, precision, placement, read_encoding(flags, base), ranks)
     if work.identity not in (None, pipeline.identity):
         raise RequestError(f"{checkpoint.folder}: is another checkpoint here than where the batch was begun")
-    texts = [text for request in work.ahead for text in _texts(request)]
-    pipeline.encode(list(dict.fromkeys(texts)), Reporter())
+    pipeline.encode(_texts(work.ahead[:AHEAD]), Reporter())
     return pipeline
 
 
-def _texts(request: Request) -> tuple[str, ...]:
-    """The texts that a request needs encoded: the negative prompt only where some step is guided."""
-    return (request.prompt, request.negative_prompt) if request.guided else (request.prompt,)
+def mesh_of(placement: Placement, gpus: int, request: Request, sizes: plan.Sizes) -> tuple[Mesh, Shares]:
+    """How a worker's GPUs are spread, and what each has of a request: one mesh for all items, guided or not, so that
+    whoever takes an item up again rounds as the first one did. Raises RequestError where a request is too small."""
+    return plan.spread(request, replace(placement, gpus=gpus), sizes, guided=True)
 
 
-def _make(pipe: Pipe, pipeline: Any, output: Path, request: Request, flags: dict[str, Any]) -> None:
+def _texts(requests: Sequence[Request]) -> list[str]:
+    """The texts that requests need encoded: the negative prompt only where some step is guided."""
+    texts = ((one.prompt, one.negative_prompt) if one.guided else (one.prompt,) for one in requests)
+    return list(dict.fromkeys(text for some in texts for text in some))
+
+
+def _make(
+    pipe: Pipe, pipeline: Any, output: Path, request: Request, flags: dict[str, Any], member: "Member | None"
+) -> None:
     from wan22.state import Busy
 
     start = time.perf_counter()
+    ranks, begun = pipeline.ranks, False
     try:
         request, state = pipeline.begin(request, output, overwrite=True)  # of a state that no longer fits, not a file
+        begun = True
         with state:
-            if exists(output) and not state.finished:
+            there = exists(output) and not state.finished
+            if ranks.share(there) if ranks else there:
                 pipe.send(("there", {}))  # another batch has been quicker
                 return
+            if member and ranks.first:
+                member.rescue = lambda: state.rescue() and ()
             pipe.send(("start", {}))
             if state.begun:
                 said = f"going on from step {state.begun.done} of {state.steps}"
@@ -133,17 +176,24 @@ def _make(pipe: Pipe, pipeline: Any, output: Path, request: Request, flags: dict
             pipeline.generate_file(request, state, "error", flags["keep_latents"], reporter, flags["preview"])
     except Busy:
         pipe.send(("busy", {}))
-    except WanError as error:
-        data = {"may_pass": isinstance(error, RunError), "full": isinstance(error, DiskFull)}
-        pipe.send(("failed", {"error": str(error), **data}))
     except (EOFError, BrokenPipeError):
         raise
-    except OSError as error:  # of a folder or disk, and no reason to load the weights again
-        said, full = f"{error.filename or output}: {reason(error)}", error.errno in DISK_FULL
-        pipe.send(("failed", {"error": said, "may_pass": True, "full": full}))
     except Exception as error:
-        pipe.send(("failed", {"error": f"{type(error).__name__}: {error}", "may_pass": False, "full": False}))
-        if type(error).__name__ != "OutOfMemoryError":
-            raise SystemExit(1) from error  # what else it broke is not known: the next one begins anew
+        if ranks and of_another(error):
+            raise
+        said, may_pass, full, goes_on = _failure(error, output)
+        pipe.send(("failed", {"error": said, "may_pass": may_pass, "full": full}))
+        # What else it broke is not known, and of several processes the others are stuck: the next one begins anew.
+        if not goes_on or (ranks and begun):
+            raise SystemExit(1) from error
     else:
         pipe.send(("done", {"seconds": round(time.perf_counter() - start, 3)}))
+
+
+def _failure(error: Exception, output: Path) -> tuple[str, bool, bool, bool]:
+    """What to say, whether another try may go better, whether the disk is full, and whether this worker can go on."""
+    if isinstance(error, WanError):
+        return str(error), isinstance(error, RunError), isinstance(error, DiskFull), True
+    if isinstance(error, OSError):  # of a folder or disk, and no reason to load the weights again
+        return f"{error.filename or output}: {reason(error)}", True, error.errno in DISK_FULL, True
+    return f"{type(error).__name__}: {error}", False, False, type(error).__name__ == "OutOfMemoryError"

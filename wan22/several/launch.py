@@ -61,8 +61,12 @@ def team_of(environment: Mapping[str, str]) -> Team:
     return Team()
 
 
-def refuse_lonely(placement: Placement, precision: Precision, team: Team) -> None:
-    """What several processes are asked for and one cannot do, and what several cannot. Raises RequestError."""
+def refuse_lonely(
+    placement: Placement, precision: Precision, team: Team,
+    hint: str = "--gpus N, or torchrun --nproc_per_node=N generate.py …",
+) -> None:  # fmt: skip
+    """What several processes are asked for and one cannot do, and what several cannot. hint: how there are several.
+    Raises RequestError."""
     world = placement.gpus or team.world
     if team.world > 1 and world != team.world:
         raise RequestError(f"--gpus {world}: this is one of {team.world} processes that were started already",
@@ -71,8 +75,7 @@ def refuse_lonely(placement: Placement, precision: Precision, team: Team) -> Non
                         ("--ulysses_size", (placement.ulysses_size or 1) > 1),
                         ("--ring_size", (placement.ring_size or 1) > 1)):  # fmt: skip
         if asked and world == 1:
-            raise RequestError(f"{flag} needs several processes",
-                               hint="--gpus N, or torchrun --nproc_per_node=N generate.py …")  # fmt: skip
+            raise RequestError(f"{flag} needs several processes", hint=hint)
     if world == 1:
         return
     if placement.offload in ("block", "disk"):
@@ -93,8 +96,8 @@ def refuse_sharded(precision: Precision) -> None:
 
 
 def refuse_torchrun(environment: Mapping[str, str], said: str, hint: str) -> None:
-    """What each of the processes that torchrun starts would do alone, and the same. Raises RequestError."""
-    if "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1":
+    """What each of the processes that torchrun or srun starts would do alone, and the same. Raises RequestError."""
+    if team_of(environment).world > 1:
         raise RequestError(said, hint=hint)
 
 
@@ -159,12 +162,13 @@ def launch(argv: Sequence[str], count: int) -> int:
 def _death(rank: int, code: int, said: IO[bytes]) -> News:
     said.seek(0)
     lines = [line.strip() for line in said.read()[-4000:].decode(errors="replace").splitlines() if line.strip()]
-    how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+    how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
     hints = () if code in (-signal.SIGKILL, -signal.SIGTERM) else tuple(lines[-1:])
     return News("died", rank, f"rank {rank} {how}", hints, 1 if code < 0 else code)
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """`SIGKILL`, or `signal 77` where there is no such name."""
     try:
         return signal.Signals(number).name
     except ValueError:

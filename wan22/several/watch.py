@@ -15,6 +15,7 @@ that stands still everywhere a hang of the one that is behind. Standard library 
 import contextlib
 import json
 import os
+import re
 import secrets
 import selectors
 import signal
@@ -25,6 +26,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from wan22.config import WanError
 
 BEAT = 1.0
 SILENCE = 12.0
@@ -106,9 +109,10 @@ class Member:
 
     def fail(self, news: News) -> int:
         """Tell of an error, and wait for the end that comes of it; the exit code, should it not come."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(ValueError):  # not the main thread
             for number in (signal.SIGINT, signal.SIGTERM):  # it ends, and once is enough
                 signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(OSError):
             self._say({"news": vars(news)})
             time.sleep(15)  # in which the other thread saves what can be, and ends the process
         return news.code
@@ -191,6 +195,7 @@ class Watchman:
         self._seen: dict[int, _Seen] = {}
         self._news: list[tuple[float, News]] = []
         self._lock = threading.Lock()
+        self._closed = False
         self._server = socket.create_server((host, 0), backlog=max(count, 16))
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ)
@@ -206,8 +211,16 @@ class Watchman:
         with self._lock:
             self._news.append((time.monotonic(), news))
 
+    def close(self) -> None:
+        """Watch no more, and tell nothing: whoever has not said good-bye ends by itself."""
+        self._closed = True
+
     def _run(self) -> None:
         while self.verdict is None:
+            if self._closed:
+                for thing in (*self._open, self._server):
+                    thing.close()
+                return
             for key, _ in self._selector.select(BEAT / 4):
                 if key.fileobj is self._server:
                     connection = self._server.accept()[0]
@@ -281,6 +294,12 @@ class Watchman:
     @staticmethod
     def _grace(news: News) -> float:
         return 0.3 if news.kind == "stopped" and news.rank == 0 else GRACE[news.kind]
+
+
+def of_another(error: BaseException) -> bool:
+    """Whether an error may be what comes of another process's end, and says nothing of its cause."""
+    own = isinstance(error, WanError) or type(error).__name__ == "OutOfMemoryError"
+    return not own and bool(re.search(r"gloo|NCCL|[Cc]onnection|peer|process group|pipe", str(error)))
 
 
 def announce(news: News) -> None:
