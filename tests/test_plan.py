@@ -175,6 +175,37 @@ def test_host_memory_by_control_groups(tmp_path):
     write(tmp_path, **{"proc/self/cgroup": "4:memory:/x\n3:cpu:/\n", f"{old}.limit_in_bytes": "4000\n",
                        f"{old}.usage_in_bytes": "3500\n", f"{old}.stat": "total_inactive_file 100\n"})  # fmt: skip
     assert machine.host_memory(tmp_path).free == 600
+    # Weights that were read twice are active; a program's own mapped pages are not to be counted on.
+    write(tmp_path, **{f"{old}.stat": "total_inactive_file 100\ntotal_active_file 3000\ntotal_mapped_file 200\n"})
+    assert machine.host_memory(tmp_path).free == 500 + 2900
+
+
+@pytest.mark.parametrize(("own", "mount", "folder"), [
+    # Version 1 in a container, whose tree begins at its own group; a group made in there; all controllers in one tree.
+    ("4:memory:/docker/c1\n", "30 25 0:26 /docker/c1 /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory", "memory"),
+    ("4:memory:/docker/c1/job\n", "30 25 0:26 /docker/c1 /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory",
+     "memory/job"),
+    ("4:cpu,memory:/job\n", "30 25 0:26 / /sys/fs/cgroup/all rw - cgroup cgroup rw,cpu,memory", "all/job"),
+    # Beside version 2's tree, which has no memory controller then.
+    ("4:memory:/job\n0::/\n", "29 25 0:25 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
+     "30 25 0:26 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory", "memory/job"),
+])  # fmt: skip
+def test_the_tree_of_control_groups(tmp_path, own, mount, folder):
+    group = f"sys/fs/cgroup/{folder}/memory"
+    write(tmp_path, **{"proc/meminfo": "MemTotal: 1000 kB\nMemFree: 10 kB\nMemAvailable: 900 kB\n",
+                       "proc/self/cgroup": own, "proc/self/mountinfo": f"{mount}\n", f"{group}.stat": "",
+                       f"{group}.limit_in_bytes": "4000\n", f"{group}.usage_in_bytes": "3500\n"})  # fmt: skip
+    assert machine.host_memory(tmp_path) == Room(4000, 500, "control group")
+
+
+def test_the_tree_of_control_groups_version_2(tmp_path):
+    group = "sys/fs/cgroup/job/memory"
+    write(tmp_path, **{"proc/meminfo": "MemTotal: 1000 kB\nMemFree: 10 kB\nMemAvailable: 900 kB\n",
+                       "proc/self/cgroup": "0::/kubepods/pod1/job\n",
+                       "proc/self/mountinfo": "29 25 0:25 /kubepods/pod1 /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+                       f"{group}.stat": "file_mapped 30\ninactive_file 10\n", f"{group}.max": "4000\n",
+                       f"{group}.current": "3500\n"})  # fmt: skip
+    assert machine.host_memory(tmp_path) == Room(4000, 500, "control group")
 
 
 def test_nvidia_smi(tmp_path, monkeypatch):
