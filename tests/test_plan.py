@@ -49,9 +49,11 @@ def test_what_would_fit_is_asked_for_each_of_several():
     card, host = Room(CARD, 40 * GIB, "a card"), Room(HOST.total, 30 * GIB)
     asked = SIZES["720p"], Precision("float32"), Placement(), PUBLISHED, card, host
     assert require(*asked).chosen  # by one, from disk
-    with pytest.raises(DoesNotFit) as refused:
-        require(*asked, Shares(world=4, sequence=2, processes=4))
-    assert refused.value.hint == "no size of video would fit; see: wan22 plan"
+    for gib, hint in ((30, "this would fit: --dtype bf16, with --offload auto"),
+                      (10, "no size of video would fit; see: wan22 plan")):  # fmt: skip
+        with pytest.raises(DoesNotFit) as refused:
+            require(*asked[:-1], Room(HOST.total, gib * GIB), Shares(world=4, sequence=2, processes=4))
+        assert refused.value.hint == hint
 
 
 def test_published_sizes():
@@ -138,6 +140,18 @@ def test_what_does_not_fit_is_told_with_what_would():
     assert "would fit: --offload block" in refused(24, offload="none")
     assert "would fit: --size 1280x720 --frames 49" in refused(9)
     assert "no size" in refused(1)
+
+
+def test_a_host_of_16_gib_without_a_gpu():
+    """Weights are float32 there unless asked for otherwise: the text encoder alone has 21.5 GiB then."""
+    host, request = Room(16 * GIB, 16 * GIB), SIZES["480p"]
+    with pytest.raises(DoesNotFit) as error:
+        require(request, Precision(), Placement("cpu"), PUBLISHED, None, host)
+    assert error.value.hint == "this would fit: --dtype bf16, with --offload auto"
+    found = require(request, Precision("bf16"), Placement("cpu"), PUBLISHED, None, host)
+    assert found.chosen.residency.kind == "disk"
+    assert found.chosen.host_bytes < 16 * GIB
+    assert "text encoder on the CPU" in plan.as_text(found, request, PUBLISHED)
 
 
 @pytest.mark.parametrize(("text", "amount"), [
