@@ -54,7 +54,7 @@ def write_file(path: Path, shapes: Shapes, dtype: torch.dtype, device: str) -> N
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             for piece in random_pieces(name, shape, dtype, device):
-                file.write(piece.view(torch.uint8).numpy())
+                file.write(memoryview(piece.view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
 
 def shards(shapes: Shapes, dtype: torch.dtype, limit: int) -> Iterator[dict[str, tuple[int, ...]]]:
