@@ -13,6 +13,7 @@ each guidance branch by itself: half a step is one forward of two.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,13 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wan22 import Pipeline
+from wan22 import Pipeline, sampling
 from wan22.attention import functions, relative_error
 from wan22.config import Lora, Precision, Request
 from wan22.measuring.rivals import rival
 from wan22.report import Reporter
 from wan22.sampling import denoise, draw_noise, plan_steps
-from wan22.step_cache import StepCache
+from wan22.step_cache import MOST_SKIPPED, StepCache
 
 PROMPTS = ("a red circle moves to the right", "a green square moves up", "a large blue triangle falls")
 # name → cache-dit's settings: threshold, the most in a row, the most of each expert's steps (-1: any), TaylorSeer
@@ -151,19 +152,23 @@ def cache_dit_run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--thresholds", default="0.04,0.08,0.12,0.16,0.2")
+    parser.add_argument("--in-a-row", default=f"{MOST_SKIPPED}", help="of ours, steps that are skipped; several: 2,3")
     parser.add_argument("--against", choices=("cache-dit",))
     parser.add_argument("--prompts", type=int, default=2, help="at most 3")
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
     if args.against:
+        os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "WARNING")  # it tells much, on stdout
         try:
             import cache_dit  # noqa: F401
         except ImportError as error:
             raise SystemExit(f"error: {error}\nhint: pip install --no-deps cache-dit==1.5.3") from None
     bench = Bench(args.prompts, args.steps)
     print(f"{'':<48}{'steps skipped':>12}{'error':>10}{'PSNR':>12}")
-    for threshold in map(float, filter(None, args.thresholds.split(","))):
-        print(bench.row(f"ours, {threshold:g}", bench.ours(threshold)), flush=True)
+    for sampling.MOST_SKIPPED in map(int, args.in_a_row.split(",")):
+        for threshold in map(float, filter(None, args.thresholds.split(","))):
+            name = f"ours, {threshold:g}, {sampling.MOST_SKIPPED} in a row"
+            print(bench.row(name, bench.ours(threshold)), flush=True)
     for name, settings in CACHE_DIT.items() if args.against else ():
         with cache_dit_run(bench.pipe, *settings) as run:
             print(bench.row(f"cache-dit, {name}", run), flush=True)

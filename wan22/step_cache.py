@@ -23,7 +23,7 @@ from torch import Tensor
 from wan22.model import ContextKV, WanTransformer
 
 FIRST_STEPS, LAST_STEPS = 2, 1  # of each expert, always computed
-MOST_SKIPPED = 3  # in a row
+MOST_SKIPPED = 2  # in a row: a straight line leads no further (docs/speed.md)
 COMPARED_TOKENS = 4096  # of the first block's contribution, evenly spread: comparing all would tell the same
 
 
