@@ -1,9 +1,9 @@
 """Steps that compute one block instead of forty, while that one says that little has changed.
 
 What the blocks add to the residual stream changes slowly from step to step. The first block is always computed; while
-its contribution differs little from what it was at the last computed step, the other blocks' contribution is taken to go
-on changing as it did between the last two. (First-block caching: ParaAttention, Cheng 2024; after TeaCache, Liu et al.
-2024. Going on in a straight line: TaylorSeer, Liu et al. 2025, of first order.) An approximation: opt-in, with its
+its contribution differs little from what it was at the last computed step, the other blocks' contribution is taken to
+go on changing as it did between the last two. (First-block caching: ParaAttention, Cheng 2024; after TeaCache, Liu et
+al. 2024. Going on in a straight line: TaylorSeer, Liu et al. 2025, of first order.) An approximation: opt-in, with its
 threshold in `Precision.step_cache`.
 
 A cache belongs to one run and wraps one expert at a time, from outside. It keeps its numbers apart for each guidance
