@@ -57,10 +57,10 @@ class Bench:
         self.steps, self.exact = steps, [self._make(request, self.ours(0.0))[0] for request in self.requests]
 
     def ours(self, threshold: float) -> Denoised:
-        def run(request: Request, *inputs: Tensor) -> tuple[Tensor, float]:
+        def run(request: Request, noise: Tensor, context: Tensor, negative: Tensor) -> tuple[Tensor, float]:
             self.pipe.experts.use(self.pipe.plan(request).ladder)
             cache = StepCache(threshold)
-            return denoise(request, self.pipe.experts, *inputs, cache=cache), cache.skipped
+            return denoise(request, self.pipe.experts, noise, context, negative, cache=cache), cache.skipped
 
         return run
 
@@ -74,8 +74,8 @@ class Bench:
         return f"{name:<48}{skipped:6.1f} of {self.steps}{error:12.2e}{psnr:>12}"
 
     def _make(self, request: Request, run: Denoised) -> tuple[Made, float]:
-        contexts = self.pipe.encode([request.prompt, request.negative_prompt], Reporter())
-        latents, skipped = run(request, draw_noise(request, self.pipe.device), *contexts)
+        context, negative = self.pipe.encode([request.prompt, request.negative_prompt], Reporter())
+        latents, skipped = run(request, draw_noise(request, self.pipe.device), context, negative)
         return (latents, np.concatenate(list(self.pipe.decode(latents)))), skipped
 
 
@@ -135,12 +135,13 @@ def cache_dit_run(
             calibrator_config=TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None,
         )  # fmt: skip
 
-        def run(request: Request, *inputs: Tensor) -> tuple[Tensor, float]:
+        def run(request: Request, noise: Tensor, context: Tensor, negative: Tensor) -> tuple[Tensor, float]:
             nonlocal computed
             computed, turns = 0, [step.expert for step in plan_steps(request)]
             for name, model in zip(names, models, strict=True):
                 cache_dit.refresh_context(model, num_inference_steps=turns.count(name))
-            latents = denoise(request, Theirs({name: forward for name, (_, forward) in made.items()}), *inputs)
+            theirs = Theirs({name: forward for name, (_, forward) in made.items()})
+            latents = denoise(request, theirs, noise, context, negative)
             return latents, len(turns) - computed / 2
 
         try:
