@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from wan22.checkpoint import INDEX, TEXT_ENCODER_STEM, TOKENIZER, VAE_STEM
 from wan22.config import configs_dir, data_dir
@@ -22,17 +21,40 @@ from wan22.files.part_shapes import text_encoder_shapes, vae_shapes
 from wan22.model import TransformerConfig, WanTransformer
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # safetensors' words
+DRAWN = 1 << 24  # numbers at a time
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Scaled so that activations keep their size through the layers: ones for norms, zero biases, 1/√fan-in else."""
-    if name.endswith("bias") and "pos_embedding" not in name:
-        return torch.zeros(shape, dtype=dtype)
-    if "norm" in name or name.endswith("gamma"):
-        return torch.ones(shape, dtype=dtype)
+def random_pieces(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterator[torch.Tensor]:
+    """A tensor's numbers, flat and in order; scaled so that activations keep their size through the layers: ones for
+    norms, zero biases, 1/√fan-in else."""
     fan_in = shape[-1] if name.endswith("modulation") else max(1, torch.Size(shape[1:]).numel())
-    return (torch.randn(shape, device=device) * fan_in**-0.5).to(dtype).cpu()
+    left = torch.Size(shape).numel()
+    while left:
+        count = min(left, DRAWN)
+        if name.endswith("bias") and "pos_embedding" not in name:
+            yield torch.zeros(count, dtype=dtype)
+        elif "norm" in name or name.endswith("gamma"):
+            yield torch.ones(count, dtype=dtype)
+        else:
+            yield torch.empty(count, dtype=dtype, device=device).normal_(std=fan_in**-0.5).cpu()
+        left -= count
+
+
+def write_file(path: Path, shapes: Shapes, dtype: torch.dtype, device: str) -> None:
+    """A safetensors file, written piece by piece: the text encoder at once would be 11 GB of the host's memory."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            for piece in random_pieces(name, shape, dtype, device):
+                file.write(memoryview(piece.view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
 
 def shards(shapes: Shapes, dtype: torch.dtype, limit: int) -> Iterator[dict[str, tuple[int, ...]]]:
@@ -55,7 +77,7 @@ def write_expert(folder: Path, config: dict, shapes: Shapes, dtype: torch.dtype,
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = f"diffusion_pytorch_model-{number:05}-of-{len(groups):05}.safetensors"
-        save_file({name: random_tensor(name, shape, dtype, device) for name, shape in group.items()}, folder / file)
+        write_file(folder / file, group, dtype, device)
         weight_map |= dict.fromkeys(group, file)
     total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
@@ -95,8 +117,7 @@ def main() -> None:
             (TEXT_ENCODER_STEM, text_encoder_shapes(), torch.bfloat16),
             (VAE_STEM, vae_shapes(), torch.float32),
         ):
-            tensors = {name: random_tensor(name, shape, dtype, args.device) for name, shape in table.items()}
-            save_file(tensors, args.folder / f"{file}.safetensors")
+            write_file(args.folder / f"{file}.safetensors", table, dtype, args.device)
         shutil.copytree(data_dir("demo") / TOKENIZER, args.folder / TOKENIZER)
     print(args.folder)
 

@@ -192,7 +192,8 @@ def test_memory(run):
         # Pieces are aligned to 256 bytes, which counts where models are tiny.
         assert row["counted_weights"] == pytest.approx(row["predicted_weights"], rel=0.05)
     code, out, _ = run("--memory", "--rows", "64x64:none")
-    assert (code, "64x64 none" in out.splitlines()[-1]) == (0, True)
+    last = out.splitlines()[-1]
+    assert (code, "64x64 none" in last, ", decode " in last) == (0, True, True)
     code, out, _ = run("--memory", "--rows", "16384x16384:none")
     assert (code, "it does not fit" in out) == (0, True)
 

@@ -21,7 +21,7 @@ from wan22.model import Block
 from wan22.pipeline import Pipeline
 from wan22.report import Reporter
 from wan22.residency.chunks import chunk_feed_forward
-from wan22.residency.memory import Memory
+from wan22.residency.memory import Memory, empty_on_host
 from wan22.residency.streaming import evenly, pieces_of
 
 CPU = torch.device("cpu")
@@ -304,3 +304,13 @@ def test_every_offload_flag_gives_the_same_file(run, tmp_path):
         assert (code, "expert switch" in err) == (0, True)
         files.append((tmp_path / f"{number}.mp4").read_bytes())
     assert len(set(files)) == 1
+
+
+def test_host_memory_by_many_threads():
+    """Exactly its size, writable to the last byte, and given back with the last view."""
+    made = empty_on_host((3, 5 << 20), torch.bfloat16)
+    assert (made.shape, made.dtype, made.untyped_storage().nbytes()) == ((3, 5 << 20), torch.bfloat16, 30 << 20)
+    assert not made.any()
+    made[-1, -1] = 1
+    assert made.sum() == 1
+    assert empty_on_host((0, 4), torch.float32).shape == (0, 4)

@@ -49,9 +49,11 @@ def test_what_would_fit_is_asked_for_each_of_several():
     card, host = Room(CARD, 40 * GIB, "a card"), Room(HOST.total, 30 * GIB)
     asked = SIZES["720p"], Precision("float32"), Placement(), PUBLISHED, card, host
     assert require(*asked).chosen  # by one, from disk
-    with pytest.raises(DoesNotFit) as refused:
-        require(*asked, Shares(world=4, sequence=2, processes=4))
-    assert refused.value.hint == "no size of video would fit; see: wan22 plan"
+    for gib, hint in ((30, "this would fit: --dtype bf16, with --offload auto"),
+                      (10, "no size of video would fit; see: wan22 plan")):  # fmt: skip
+        with pytest.raises(DoesNotFit) as refused:
+            require(*asked[:-1], Room(HOST.total, gib * GIB), Shares(world=4, sequence=2, processes=4))
+        assert refused.value.hint == hint
 
 
 def test_published_sizes():
@@ -140,6 +142,18 @@ def test_what_does_not_fit_is_told_with_what_would():
     assert "no size" in refused(1)
 
 
+def test_a_host_of_16_gib_without_a_gpu():
+    """Weights are float32 there unless asked for otherwise: the text encoder alone has 21.5 GiB then."""
+    host, request = Room(16 * GIB, 16 * GIB), SIZES["480p"]
+    with pytest.raises(DoesNotFit) as error:
+        require(request, Precision(), Placement("cpu"), PUBLISHED, None, host)
+    assert error.value.hint == "this would fit: --dtype bf16, with --offload auto"
+    found = require(request, Precision("bf16"), Placement("cpu"), PUBLISHED, None, host)
+    assert found.chosen.residency.kind == "disk"
+    assert found.chosen.host_bytes < 16 * GIB
+    assert "text encoder on the CPU" in plan.as_text(found, request, PUBLISHED)
+
+
 @pytest.mark.parametrize(("text", "amount"), [
     ("24GiB", 24 * GIB), ("24G", 24 * GIB), ("24GB", 24 * 10**9), ("25000MiB", 25000 << 20), ("1.5g", 3 * GIB // 2),
     ("4096", 4096),
@@ -175,6 +189,37 @@ def test_host_memory_by_control_groups(tmp_path):
     write(tmp_path, **{"proc/self/cgroup": "4:memory:/x\n3:cpu:/\n", f"{old}.limit_in_bytes": "4000\n",
                        f"{old}.usage_in_bytes": "3500\n", f"{old}.stat": "total_inactive_file 100\n"})  # fmt: skip
     assert machine.host_memory(tmp_path).free == 600
+    # Weights that were read twice are active; a program's own mapped pages are not to be counted on.
+    write(tmp_path, **{f"{old}.stat": "total_inactive_file 100\ntotal_active_file 3000\ntotal_mapped_file 200\n"})
+    assert machine.host_memory(tmp_path).free == 500 + 2900
+
+
+@pytest.mark.parametrize(("own", "mount", "folder"), [
+    # Version 1 in a container, whose tree begins at its own group; a group made in there; all controllers in one tree.
+    ("4:memory:/docker/c1\n", "30 25 0:26 /docker/c1 /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory", "memory"),
+    ("4:memory:/docker/c1/job\n", "30 25 0:26 /docker/c1 /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory",
+     "memory/job"),
+    ("4:cpu,memory:/job\n", "30 25 0:26 / /sys/fs/cgroup/all rw - cgroup cgroup rw,cpu,memory", "all/job"),
+    # Beside version 2's tree, which has no memory controller then.
+    ("4:memory:/job\n0::/\n", "29 25 0:25 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
+     "30 25 0:26 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory", "memory/job"),
+])  # fmt: skip
+def test_the_tree_of_control_groups(tmp_path, own, mount, folder):
+    group = f"sys/fs/cgroup/{folder}/memory"
+    write(tmp_path, **{"proc/meminfo": "MemTotal: 1000 kB\nMemFree: 10 kB\nMemAvailable: 900 kB\n",
+                       "proc/self/cgroup": own, "proc/self/mountinfo": f"{mount}\n", f"{group}.stat": "",
+                       f"{group}.limit_in_bytes": "4000\n", f"{group}.usage_in_bytes": "3500\n"})  # fmt: skip
+    assert machine.host_memory(tmp_path) == Room(4000, 500, "control group")
+
+
+def test_the_tree_of_control_groups_version_2(tmp_path):
+    group = "sys/fs/cgroup/job/memory"
+    write(tmp_path, **{"proc/meminfo": "MemTotal: 1000 kB\nMemFree: 10 kB\nMemAvailable: 900 kB\n",
+                       "proc/self/cgroup": "0::/kubepods/pod1/job\n",
+                       "proc/self/mountinfo": "29 25 0:25 /kubepods/pod1 /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+                       f"{group}.stat": "file_mapped 30\ninactive_file 10\n", f"{group}.max": "4000\n",
+                       f"{group}.current": "3500\n"})  # fmt: skip
+    assert machine.host_memory(tmp_path) == Room(4000, 500, "control group")
 
 
 def test_nvidia_smi(tmp_path, monkeypatch):

@@ -81,7 +81,8 @@ def test_exact_at_zero_and_closer_the_smaller(tiny, counted):
             assert cache.skipped > 0
             assert len(counted) == whole - cache.skipped * 2 * (whole // 28 - 1)
         counted.clear()
-    assert errors[0] == 0 < errors[1] <= errors[2] < 0.3
+    assert errors[0] == 0 < errors[1] < 0.05
+    assert errors[1] <= errors[2] < 0.5  # what changes by nine tenths goes on in no straight line
 
 
 def test_first_and_last_steps_and_no_long_rows_are_skipped(tiny, monkeypatch):
@@ -119,8 +120,10 @@ def test_branches_are_kept_apart_and_decide_together(tiny):
         prompts = [model.embed_context(torch.full((1, 3, model.text_embedding[0].in_features), n)) for n in (1.0, 2.0)]
         latents = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
+        numbers = iter(range(9))
+
         def evaluate(shift, may_skip):
-            cache.begin_step(may_skip)
+            cache.begin_step(next(numbers), may_skip)
             out = [model(latents + shift, torch.tensor([900.0]), prompt) for prompt in prompts]
             return out, cache.end_step()
 
@@ -137,6 +140,36 @@ def test_branches_are_kept_apart_and_decide_together(tiny):
         cache.detach()
         assert "run_blocks" not in vars(model)
         assert cache._branches == {}
+
+
+def test_what_changes_evenly_goes_on_so():
+    """A contribution known once is taken as it was; known twice, it goes on from there as it changed between."""
+
+    class Model:
+        dtype, rest = torch.float32, 0.0
+
+        def __init__(self):
+            self.blocks = [lambda x, *others: x + 1, lambda x, *others: x + self.rest]
+
+    model, cache, context = Model(), StepCache(0.1), [None, None]
+    cache.attach(model)
+
+    def step(index, rest, may_skip=True):
+        model.rest = rest
+        cache.begin_step(index, may_skip)
+        out = model.run_blocks(torch.zeros(1, 3, 4), None, None, context)
+        return out.unique().item() - 1, cache.end_step()
+
+    assert step(0, 5.0) == (5, True)
+    assert step(1, 9.0) == (5, False)
+    assert step(2, 6.0, may_skip=False) == (6, True)
+    assert step(3, 9.0) == (6.5, False)
+    assert step(5, 9.0) == (7.5, False)
+    assert step(6, 4.0, may_skip=False) == (4, True)
+    assert step(7, 9.0) == (3.5, False)
+    cache.attach(model)
+    assert step(8, 2.0) == (2, True), "nothing is remembered of what was before"
+    assert step(9, 9.0) == (2, False)
 
 
 def test_processes_decide_alike(tiny):
@@ -170,14 +203,15 @@ def test_going_on_from_any_step_is_bit_identical(tiny, tmp_path, fractions):
             state._save_now()
             begun = read_state(state_path(output)).progress()
         assert begun.computed
-        assert begun.computed[0] < begun.done == done
+        assert len(begun.computed) == min(done, 2)
+        assert begun.computed[0][0] <= begun.computed[-1][0] < begun.done == done
         assert torch.equal(run(pipe(tiny, 0.65), begun)[0], whole), done
 
 
 def test_progress_without_a_cache_is_what_it_was(tiny):
     kept = []
     run(pipe(tiny, 0.0), keep=kept.append)
-    assert all(progress.computed is None for progress in kept)
+    assert all(progress.computed == () for progress in kept)
 
 
 @pytest.mark.parametrize("residency", [Residency("expert"), Residency("block", 2, 1), Residency("disk")], ids=str)
@@ -206,4 +240,4 @@ def test_memory_is_planned(tiny):
         precision, host = Precision("bf16", step_cache=threshold), Room(1 << 40, 1 << 40)
         terms.append(make_plan(REQUEST, precision, Placement(), sizes, None, host).options[0].phases["denoise"])
     assert "step cache" not in terms[0]
-    assert terms[1]["step cache"] == 2 * 2 * 2 * 5120 * (2 * 2 + 4)  # tokens of the request, width, bytes
+    assert terms[1]["step cache"] == 2 * 2 * 2 * 5120 * (2 * 2 * 2 + 4)  # tokens of the request, width, bytes

@@ -132,15 +132,17 @@ def forward_rows(pipeline: Pipeline, request: Request, options: Options) -> Iter
         yield from rival_rows(name, pipeline, expert, clock, inputs, context, velocity, mine, options)
 
 
-def checkpoint_for(given: Checkpoint | None, placement: Placement, layers: int | None) -> Checkpoint:
-    """The checkpoint that was named, or random weights of the published size. Raises RequestError."""
+def checkpoint_for(
+    given: Checkpoint | None, placement: Placement, layers: int | None, zeros: bool = False
+) -> Checkpoint:
+    """The checkpoint that was named, or random weights of the published size, or zeros. Raises RequestError."""
     if given:
         if layers:
             raise RequestError("--layers is for random weights", hint="leave out --ckpt_dir and --model")
         return given
     if placement.offload == "disk":
         raise RequestError("--offload disk: random weights lie in no file", hint="--ckpt_dir FOLDER")
-    return random_checkpoint(_device(placement.device), layers)
+    return random_checkpoint(_device(placement.device), layers, zeros=zeros)
 
 
 def about(pipeline: Pipeline, request: Request, config: TransformerConfig, tokens: int, offload: str) -> Row:

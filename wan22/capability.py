@@ -20,7 +20,7 @@ from wan22.machine import gpu_capability
 Capability = tuple[int, int]
 AMPERE, ADA, HOPPER = (8, 0), (8, 9), (9, 0)
 PRESETS = ("exact", "high", "fast")
-FAST_STEP_CACHE = 0.08
+FAST_STEP_CACHE = 0.2
 
 
 def capability_of(device: str) -> Capability | None:
@@ -41,11 +41,11 @@ def preset(name: str, capability: Capability | None) -> dict[str, Any]:
     if capability is None:
         raise RequestError(
             f"--precision {name}: needs a GPU with 8-bit products (Ampere or later); there is none here",
-            hint="a CPU only emulates them: --dtype int8, --attention int8, --step-cache 0.08",
+            hint="a CPU only emulates them: --dtype int8, --attention int8, --step-cache 0.2",
         )
     if capability < AMPERE:
         raise RequestError(f"--precision {name}: {_has(capability)}; 8-bit products need 8.0 (Ampere) or later",
-                           hint="--precision exact, and --step-cache 0.08")  # fmt: skip
+                           hint="--precision exact, and --step-cache 0.2")  # fmt: skip
     newer = capability >= ADA
     # On Hopper FlashAttention 3 is exact and faster than our 8-bit attention: docs/speed.md.
     attention = "auto" if capability == HOPPER else "int8" if newer else "int8-bf16"

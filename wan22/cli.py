@@ -183,7 +183,7 @@ def generate(
     attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTIONS) + ".")] = None,
     vae_dtype: Annotated[str | None, typer.Option(help="float32 (default, exact), or bf16 (50 dB PSNR).")] = None,
     step_cache: Annotated[
-        float | None, typer.Option(metavar="X", help="Skip blocks while the first one changes less than this: 0.08.")
+        float | None, typer.Option(metavar="X", help="Skip blocks while the first one changes less than this: 0.2.")
     ] = None,
     convert_model_dtype: Annotated[
         bool, typer.Option("--convert-model-dtype", help="Experts in bf16 (what a GPU does anyway).")

@@ -74,7 +74,7 @@ def bench(
         raise RequestError("--no-forward leaves nothing to measure", hint="add --decode or --text")
     options = library.Options(against or (), not no_compile, repeats, quick, not no_forward, decoding, text)
     checkpoint = library.checkpoint_for(read_checkpoint(flags, base, request.task) if model_named(flags) else None,
-                                        placement, layers)  # fmt: skip
+                                        placement, layers, zeros=memory)  # fmt: skip
     measured = library.run(checkpoint, request, precision, placement, options)
     as_text = library.as_text
     if rows and not memory:

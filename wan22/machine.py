@@ -49,8 +49,7 @@ def host_memory(root: Path = Path("/")) -> Room:
 
 
 def _groups(root: Path) -> list[Path]:
-    """The control groups this process is in and those above them, of version 2 and 1; a container sees its own as the
-    root of the tree."""
+    """The control groups this process is in and those above them, of version 2 and 1, as far as they can be seen."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -58,26 +57,43 @@ def _groups(root: Path) -> list[Path]:
     groups: list[Path] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            tree = root / "sys/fs/cgroup" / controllers
-            inner = tree / path.lstrip("/")
+        if not controllers or "memory" in controllers.split(","):
+            top, tree = _mount(root, controllers)
+            # A container's tree may begin at its own group, while its groups are named from the system's.
+            inner = tree / path.removeprefix(top.rstrip("/")).lstrip("/")
             groups += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(tree)]
     return list(dict.fromkeys(groups))
 
 
+def _mount(root: Path, controllers: str) -> tuple[str, Path]:
+    """Which group the tree of these controllers (none: version 2's) begins with, and where the tree is."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/mountinfo").read_text().splitlines():
+            place, _, kind = line.partition(" - ")
+            system, _, options = kind.split(" ", 2)
+            _, _, _, top, folder, *_ = place.split()
+            if system == "cgroup" and controllers and "memory" in options.split(","):
+                return top, root / folder.lstrip("/")
+            if system == "cgroup2" and not controllers:
+                return top, root / folder.lstrip("/")
+    return "/", root / "sys/fs/cgroup" / controllers
+
+
 def _group_room(group: Path) -> Room | None:
-    """What a group's limit leaves; its page cache counts as free, since the kernel drops it first."""
-    for limit, used, cached in (
-        ("memory.max", "memory.current", "inactive_file "),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+    """What a group's limit leaves. Its page cache counts as free, since the kernel drops it first, and so does what of
+    it was read more than once, as weights from disk are; but not files that are mapped, programs at work."""
+    for limit, used, prefix, mapped in (
+        ("memory.max", "memory.current", "", "file_mapped"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_", "total_mapped_file"),
     ):
         try:
             total, taken = int((group / limit).read_text()), int((group / used).read_text())
-            statistics = (group / "memory.stat").read_text().splitlines()
+            lines = (group / "memory.stat").read_text().splitlines()
         except (OSError, ValueError):  # not there, or "max"
             continue
-        cache = sum(int(line.split()[1]) for line in statistics if line.startswith(cached))
-        return Room(total, max(0, total - taken + cache), "control group")
+        table = {name: int(value) for name, value in (line.split() for line in lines)}
+        cache = table.get(f"{prefix}inactive_file", 0) + table.get(f"{prefix}active_file", 0) - table.get(mapped, 0)
+        return Room(total, max(0, total - taken + max(0, cache)), "control group")
     return None
 
 

@@ -264,13 +264,18 @@ def describe(plan: Plan) -> str:
 def _what_would_fit(
     plan: Plan, request: Request, precision: Precision, placement: Placement, sizes: Sizes, shares: Shares
 ) -> str:
-    """Another placement, or a smaller video."""
+    """Another placement, or half the bytes, or a smaller video."""
     if other := next((option for option in plan.options if not option.lacks), None):
         return f"this would fit: --offload {other.residency.kind}, or --offload auto"
+    anywhere = replace(placement, offload="auto")
+    if precision.resolve("cuda" if plan.gpu else "cpu").weights == "float32":  # as a CPU has them
+        halved = replace(precision, weights="bf16")
+        if make_plan(request, halved, anywhere, sizes, plan.gpu, plan.host, shares=shares).chosen:
+            return "this would fit: --dtype bf16, with --offload auto"
     for width, height, frames in SMALLER:
         smaller = replace(request, width=width, height=height, num_frames=min(frames, request.num_frames))
         if tokens_of(smaller) < tokens_of(request) and make_plan(
-            smaller, precision, replace(placement, offload="auto"), sizes, plan.gpu, plan.host, shares=shares
+            smaller, precision, anywhere, sizes, plan.gpu, plan.host, shares=shares
         ).chosen:
             return f"this would fit: --size {width}x{height} --frames {smaller.num_frames}"
     return "no size of video would fit; see: wan22 plan"
@@ -349,7 +354,8 @@ def as_text(plan: Plan, request: Request, sizes: Sizes) -> str:
         name = f"{kind:<7}" + (f"{resident} of {sizes.num_layers}" if resident else "")
         lines.append(f"{name:<19}{text:7.1f}{denoise:9.1f}{decode:9.1f}{option.host_bytes / 2**30:7.1f}  {fits}")
     shown = plan.chosen or plan.options[-1]
-    encoder = {"device": "on the GPU", "stream": "streamed to the GPU layer by layer", "cpu": "on the CPU"}
+    encoder = {"device": "on the GPU" if plan.gpu else "on the CPU", "stream": "streamed to the GPU layer by layer",
+               "cpu": "on the CPU"}  # fmt: skip
     tiles = "whole" if shown.tiles == (1, 1) else f"in {shown.tiles[0]} x {shown.tiles[1]} tiles"
     lines += ["", f"text encoder {encoder[shown.text_encoder]}, VAE {tiles}",
               f"disk: {gib(sizes.files)} of weights, {gib(plan.disk_bytes)} for the video and its state"]  # fmt: skip

@@ -206,7 +206,7 @@ def denoise(
     residency, which `warn` is told. Raises RunError where there is none.
 
     cache: of this run alone; it is emptied where an expert is asked for. What it remembers is large, and is no part of
-    the progress: that keeps the latents of the last step that was computed, which is computed again to fill the cache.
+    the progress: that keeps the latents of the last two steps that were computed, which are computed again to fill it.
     """
     cache = cache or StepCache(0)
     try:
@@ -223,11 +223,11 @@ def _denoise(
     warn: Callable[[str], None], cache: StepCache, look: Callable[[Callable[[], Tensor]], None], evaluate: Evaluate,
 ) -> Tensor:  # fmt: skip
     solver, latents = make_solver(request), noise
-    computed: tuple[int, Tensor] | None = None  # the last step that was not skipped, and its latents
+    computed: tuple[tuple[int, Tensor], ...] = ()  # the last two steps that were not skipped, and their latents
     if begun:
         latents = begun.latents.to(noise.device)
         remind(solver, begun.solver, noise.device)
-        computed = begun.computed and (begun.computed[0], begun.computed[1].to(noise.device))
+        computed = tuple((index, at.to(noise.device)) for index, at in begun.computed)
     working: tuple[Any, ...] = ()
     model: Any = None
     prompt: Any = None
@@ -249,15 +249,16 @@ def _denoise(
                 if later := next((at for at in todo if (at.expert, at.loras) != (step.expert, step.loras)), None):
                     experts.expect(later.expert, later.loras)
                 cache.attach(model)
-                if computed and _work(steps[computed[0]]) == working:  # in the middle of its turn: as it was
-                    cache.begin_step(may_skip=False)
-                    guided_velocity(model, computed[1], steps[computed[0]], prompt, negative, evaluate)
-            last = computed[0] if computed else step.index
-            cache.begin_step(may_skip=step.index not in always and step.index - last <= MOST_SKIPPED)
+                for index, at in computed:
+                    if _work(steps[index]) == working:  # in the middle of its turn: as it was
+                        cache.begin_step(index, may_skip=False)
+                        guided_velocity(model, at, steps[index], prompt, negative, evaluate)
+            last = computed[-1][0] if computed else step.index
+            cache.begin_step(step.index, may_skip=step.index not in always and step.index - last <= MOST_SKIPPED)
             velocity = guided_velocity(model, latents, step, prompt, negative, evaluate)
             after = solver.step(velocity[None], solver.timesteps[step.index], latents[None], return_dict=False)[0][0]
             if cache.end_step():
-                computed = step.index, latents
+                computed = (*computed[-1:], (step.index, latents))
             noisy, latents = latents, after
         except OUT_OF_MEMORY as error:
             trouble = str(error).partition(". ")[0] or "no more is known"
@@ -272,7 +273,7 @@ def _denoise(
             warn(f"out of memory in step {step.index + 1}: going on from there with --offload {smaller.kind}")
             continue
         todo = todo[1:]
-        keep(Progress(step.index + 1, latents, remember(solver), computed if cache.threshold else None))
+        keep(Progress(step.index + 1, latents, remember(solver), computed if cache.threshold else ()))
         on_step(step)
         look(functools.partial(clean, noisy, velocity, float(solver.sigmas[step.index])))
     return latents

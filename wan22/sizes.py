@@ -168,12 +168,12 @@ def reading_terms(request: Request, sizes: Sizes, item: int) -> Terms:
 def cache_terms(
     request: Request, sizes: Sizes, precision: Precision, sequence: int = 1, guidance: int = 1
 ) -> Terms:
-    """Of the step cache: what each branch keeps, and the residual stream after the first block. sequence, guidance:
-    ranks that share the tokens, and the branches."""
+    """Of the step cache: the two arrays that each branch keeps, and the residual stream after the first block.
+    sequence, guidance: ranks that share the tokens, and the branches."""
     if not precision.step_cache:
         return {}
     numbers = -(-tokens_of(request) // sequence) * sizes.dim
-    return {"step cache": numbers * (-(-_branches(request) // guidance) * ITEM[precision.weights] + 4)}
+    return {"step cache": numbers * (-(-_branches(request) // guidance) * 2 * ITEM[precision.weights] + 4)}
 
 
 def _branches(request: Request) -> int:

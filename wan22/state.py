@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-COMPUTED = "computed.latents"
+COMPUTED = "computed.{}"  # latents of the first and the second step
 OVERWRITE = "--overwrite begins anew; or name another --output"
 
 
@@ -49,14 +49,14 @@ class Progress:
     """A run after `done` of its steps: all that the rest depends on, beside request and weights.
 
     latents: [C, T, H, W] float32; solver: what a diffusers scheduler remembers from step to step, by attribute:
-    tensors, whole numbers, None, and lists of these; computed: with a step cache, the number (from 0) and the latents
-    of the last step that was not skipped.
+    tensors, whole numbers, None, and lists of these; computed: with a step cache, the numbers (from 0) and the
+    latents of the last two steps that were not skipped.
     """
 
     done: int
     latents: "Tensor"
     solver: dict[str, Any]
-    computed: "tuple[int, Tensor] | None" = None
+    computed: "tuple[tuple[int, Tensor], ...]" = ()
 
 
 class Busy(RequestError):
@@ -83,7 +83,7 @@ class Saved:
     steps: int
     automatic: bool
     solver: dict[str, Any]  # a text is the name of a tensor in the file
-    computed: int | None  # the number of the step whose latents are there too
+    computed: list[int]  # the numbers of the steps whose latents are there too
 
     def progress(self) -> Progress:
         """Its tensors, on the CPU. Raises RequestError."""
@@ -102,7 +102,7 @@ class Saved:
             name: [fill(item) for item in value] if isinstance(value, list) else fill(value)
             for name, value in self.solver.items()
         }
-        computed = None if self.computed is None else (self.computed, tensors[COMPUTED])
+        computed = tuple((index, tensors[COMPUTED.format(place)]) for place, index in enumerate(self.computed))
         return Progress(self.done, tensors["latents"], solver, computed)
 
 
@@ -113,9 +113,9 @@ def read_state(path: Path) -> Saved:
         metadata = json.loads(header)["__metadata__"]
         state = json.loads(metadata["state"])
         saved = Saved(path, json.loads(metadata["wan22"]), int(state["done"]), int(state["steps"]),
-                      bool(state["automatic"]), dict(state["solver"]), state.get("computed"))  # fmt: skip
+                      bool(state["automatic"]), dict(state["solver"]), list(state.get("computed") or ()))  # fmt: skip
         named = {item for value in saved.solver.values() for item in (value if isinstance(value, list) else [value])}
-        latents = {"latents"} if saved.computed is None else {"latents", COMPUTED}
+        latents = {"latents", *(COMPUTED.format(place) for place in range(len(saved.computed)))}
         whole = {item for item in named if isinstance(item, str)} | latents == set(entries)
         if not isinstance(saved.record["request"], dict) or not whole:
             raise ValueError
@@ -277,7 +277,7 @@ class RunState:
             metadata = {
                 "wan22": json.dumps(self.record),
                 "state": json.dumps({"done": progress.done, "steps": self.steps, "automatic": self._automatic,
-                                     "solver": named, "computed": progress.computed and progress.computed[0]}),
+                                     "solver": named, "computed": [index for index, _ in progress.computed]}),
             }  # fmt: skip
             partial = self.path.with_name(staging_prefix(self.output) + "state")
             _write(partial, _on_cpu(latents, ready), metadata)
@@ -415,7 +415,8 @@ def _sweep(folder: Path) -> None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 def _named_tensors(progress: Progress) -> "tuple[dict[str, Tensor], dict[str, Any]]":
     """All tensors by name, and the solver's memory with these names in their places."""
-    tensors = {"latents": progress.latents} | ({COMPUTED: progress.computed[1]} if progress.computed else {})
+    computed = {COMPUTED.format(place): latents for place, (_, latents) in enumerate(progress.computed)}
+    tensors = {"latents": progress.latents} | computed
 
     def name_it(name: str, value: Any) -> Any:
         if value is None or isinstance(value, int):

@@ -1,9 +1,10 @@
 """Steps that compute one block instead of forty, while that one says that little has changed.
 
 What the blocks add to the residual stream changes slowly from step to step. The first block is always computed; while
-its contribution differs little from what it was at the last computed step, the other blocks' contribution is taken from
-there. (First-block caching: ParaAttention, Cheng 2024; after TeaCache, Liu et al. 2024.) An approximation: opt-in, with
-its threshold in `Precision.step_cache`.
+its contribution differs little from what it was at the last computed step, the other blocks' contribution is taken to
+go on changing as it did between the last two. (First-block caching: ParaAttention, Cheng 2024; after TeaCache, Liu et
+al. 2024. Going on in a straight line: TaylorSeer, Liu et al. 2025, of first order.) An approximation: opt-in, with its
+threshold in `Precision.step_cache`.
 
 A cache belongs to one run and wraps one expert at a time, from outside. It keeps its numbers apart for each guidance
 branch, and drops them with the expert. The step's first branch decides for both: their difference is multiplied by the
@@ -22,19 +23,21 @@ from torch import Tensor
 from wan22.model import ContextKV, WanTransformer
 
 FIRST_STEPS, LAST_STEPS = 2, 1  # of each expert, always computed
-MOST_SKIPPED = 3  # in a row
+MOST_SKIPPED = 2  # in a row: a straight line leads no further (docs/speed.md)
 COMPARED_TOKENS = 4096  # of the first block's contribution, evenly spread: comparing all would tell the same
 
 
 @dataclass
 class _Branch:
-    """What the last computed step left: the first block's contribution [B, ≤ COMPARED_TOKENS, E] float32, and the other
-    blocks' [B, L, E] in the weights' dtype. context: whose branch it is, held so that nothing else takes its identity.
-    """
+    """What the last computed step left: its number, the first block's contribution [B, ≤ COMPARED_TOKENS, E] float32,
+    the other blocks' [B, L, E] in the weights' dtype, and its change a step since the one computed before, where there
+    was one. context: whose branch it is, held so that nothing else takes its identity."""
 
     context: ContextKV
+    index: int
     first: Tensor
     rest: Tensor
+    change: Tensor | None
 
 
 class StepCache:
@@ -49,7 +52,7 @@ class StepCache:
         self.skipped = 0  # steps
         self._model: weakref.ref[WanTransformer] | None = None
         self._branches: dict[int, _Branch] = {}
-        self._may_skip, self._skip = False, None  # type: bool, bool | None
+        self._index, self._may_skip, self._skip = 0, False, None  # type: int, bool, bool | None
 
     def attach(self, model: WanTransformer) -> None:
         """Wrap this expert, with nothing remembered."""
@@ -66,9 +69,9 @@ class StepCache:
         self._model = None
         self._branches.clear()
 
-    def begin_step(self, may_skip: bool) -> None:
-        """The evaluations from now on are of the next step."""
-        self._may_skip, self._skip = may_skip, None
+    def begin_step(self, index: int, may_skip: bool) -> None:
+        """The evaluations from now on are of the step of this number."""
+        self._index, self._may_skip, self._skip = index, may_skip, None
 
     def end_step(self) -> bool:
         """Whether the step was computed, and not taken from an earlier one."""
@@ -96,12 +99,17 @@ class StepCache:
             known = self._may_skip and branch is not None
             self._skip = known and self.change(first, branch.first) < self.threshold  # type: ignore[union-attr]
         if self._skip and branch is not None:
-            return x.add_(branch.rest)
+            x.add_(branch.rest)
+            return x if branch.change is None else x.add_(branch.change, alpha=self._index - branch.index)
         rest = x.clone()
         for block, keys_values in zip(blocks, others, strict=True):
             x = block(x, time, rope, keys_values)
-        torch.sub(x, rest, out=rest)
-        self._branches[id(context)] = _Branch(context, first, rest.to(model.dtype))
+        rest = torch.sub(x, rest, out=rest).to(model.dtype)
+        change = None
+        if branch is not None:
+            branch.change = None  # let go first
+            change = (rest - branch.rest).div_(self._index - branch.index)
+        self._branches[id(context)] = _Branch(context, self._index, first, rest, change)
         return x
 
 

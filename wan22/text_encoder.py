@@ -17,7 +17,7 @@ from wan22.config import RequestError, RunError
 from wan22.files.part_shapes import text_encoder_shapes, text_encoder_sizes
 from wan22.files.tensor_files import check_names
 from wan22.files.tensor_names import text_encoder_name
-from wan22.residency.memory import OUT_OF_MEMORY, memory_of
+from wan22.residency.memory import OUT_OF_MEMORY, empty_on_host, memory_of
 
 
 def clean(prompt: str) -> str:
@@ -56,7 +56,6 @@ class TextEncoder:
         from transformers import UMT5EncoderModel
 
         self.device = device
-        lies_on = torch.device("cpu") if streamed else device
         with torch.device("meta"):
             # Eager attention is bit-equal to the published one. Built on meta: no initialization to throw away.
             model = UMT5EncoderModel._from_config(_config(checkpoint), attn_implementation="eager")
@@ -65,7 +64,8 @@ class TextEncoder:
             self._shard(checkpoint, model.to(dtype), names, ranks)
             return
         meta = model.state_dict()
-        state = {name: torch.empty(meta[name].shape, dtype=dtype, device=lies_on) for name in names.values()}
+        state = {name: empty_on_host(meta[name].shape, dtype) if streamed
+                 else torch.empty(meta[name].shape, dtype=dtype, device=device) for name in names.values()}  # fmt: skip
         checkpoint.text_encoder.read({published: state[name] for published, name in names.items()})
         # Its one alias is spelled out, so that a transformers that unties it cannot leave it uninitialized.
         state["encoder.embed_tokens.weight"] = state["shared.weight"]

@@ -177,9 +177,9 @@ def test_a_step_cache_is_shared_out():
     """Tokens along the sequence, branches along the guidance axis."""
     request, precision, sizes = Request("x"), Precision("bf16", step_cache=0.1), Sizes.published()
     numbers = 75600 * 5120
-    assert cache_terms(request, sizes, precision) == {"step cache": numbers * (2 * 2 + 4)}
-    assert cache_terms(request, sizes, precision, 4) == {"step cache": numbers // 4 * (2 * 2 + 4)}
-    assert cache_terms(request, sizes, precision, 1, 2) == {"step cache": numbers * (2 + 4)}
+    assert cache_terms(request, sizes, precision) == {"step cache": numbers * (2 * 2 * 2 + 4)}
+    assert cache_terms(request, sizes, precision, 4) == {"step cache": numbers // 4 * (2 * 2 * 2 + 4)}
+    assert cache_terms(request, sizes, precision, 1, 2) == {"step cache": numbers * (2 * 2 + 4)}
     room = Room(200 * GIB, 200 * GIB)
     plans = [make_plan(request, one, Placement(), sizes, room, room, shares=Shares(4, 2, 1, 1, 4))
              for one in (precision, Precision("bf16"))]  # fmt: skip

@@ -2,7 +2,8 @@
 
 Each row runs the phases of a whole run through the pipeline itself: both prompts are encoded, two guided steps are
 taken, one an expert, and all frames are decoded. Of each forward only the first blocks are computed, since every block
-takes the same memory; all blocks' weights come and go as in a run. Rows as in bench.py.
+takes the same memory; all blocks' weights come and go as in a run. They are zeros: to draw 57 GB of numbers, to no end,
+would take longer than all the rest. Rows as in bench.py.
 """
 
 import gc
@@ -174,6 +175,7 @@ def as_text(row: Row) -> str:
     notes += [f"tiles {row['tiles'][0]} x {row['tiles'][1]}"] if row["tiles"] != [1, 1] else []
     if row["outside_torch_bytes"] is not None:
         notes.append(f"outside torch {gib(row['outside_torch_bytes'])} of {gib(GPU_RESERVE)}")
+    notes.append(", ".join(f"{name} {phase['seconds']:.0f} s" for name, phase in row["phases"].items()))
     return "".join([*parts, "  ", ", ".join([*notes, *row["warnings"]])]).rstrip()
 
 

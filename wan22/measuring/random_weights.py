@@ -27,13 +27,15 @@ DRAWN = 1 << 22  # numbers at a time: 16 MiB beside the target
 
 @dataclass(frozen=True)
 class RandomTensors:
-    """A source of tensors (see tensor_files.TensorSource) that reads no file. device: where the numbers are drawn."""
+    """A source of tensors (see tensor_files.TensorSource) that reads no file. device: where the numbers are drawn;
+    zeros: none are, for where memory alone is looked at."""
 
     path: Path
     shapes: Shapes
     device: torch.device
     files: list[Path] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
+    zeros: bool = False
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -46,7 +48,9 @@ class RandomTensors:
     def read(self, targets: Mapping[str, Tensor], begins: Mapping[str, int] | None = None) -> None:
         """Fill every target; done when it returns, as reading from files is."""
         for name, target in targets.items():
-            if begins and name in begins:
+            if self.zeros:
+                target.zero_()
+            elif begins and name in begins:
                 whole = torch.empty(self.shapes[name], dtype=target.dtype, device=target.device)
                 self._draw(name, whole)
                 target.copy_(whole.view(-1)[begins[name] :][: target.numel()].view_as(target))
@@ -75,12 +79,17 @@ class RandomTensors:
 
 def random_checkpoint(
     device: torch.device, layers: int | None = None, sizes: Mapping[str, int] | None = None,
-    text: Mapping[str, int] | None = None, vae_width: int = 96,
+    text: Mapping[str, int] | None = None, vae_width: int = 96, zeros: bool = False,
 ) -> Checkpoint:  # fmt: skip
     """Both experts, text encoder and VAE of the published sizes, in no memory yet; the tokenizer is the demo's.
 
     layers, sizes, text: other numbers than the published ones, by `TransformerConfig`'s and `text_encoder_shapes`'.
+    zeros: all numbers are.
     """
+
+    def source(name: str, shapes: Shapes) -> RandomTensors:
+        return RandomTensors(Path(f"random {name}"), shapes, device, zeros=zeros)
+
     config = json.loads((configs_dir() / "Wan2.2-T2V-A14B" / EXPERTS[0] / "config.json").read_text(encoding="utf-8"))
     config |= {**(sizes or {}), **({"num_layers": layers} if layers else {})}
     known = {key: value for key, value in config.items() if key in TransformerConfig.__dataclass_fields__}
@@ -88,11 +97,8 @@ def random_checkpoint(
     with torch.device("meta"):
         model = WanTransformer(TransformerConfig(**known))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    experts = {
-        name: Expert(name, RandomTensors(Path(f"random {name}"), shapes, device), known) for name in EXPERTS
-    }  # fmt: skip
     return Checkpoint(
-        Path("random"), "random", experts,
-        RandomTensors(Path("random text encoder"), text_encoder_shapes(**(text or {})), device),
-        RandomTensors(Path("random VAE"), vae_shapes(vae_width), device), data_dir("demo") / TOKENIZER,
+        Path("random"), "random", {name: Expert(name, source(name, shapes), known) for name in EXPERTS},
+        source("text encoder", text_encoder_shapes(**(text or {}))), source("VAE", vae_shapes(vae_width)),
+        data_dir("demo") / TOKENIZER,
     )  # fmt: skip

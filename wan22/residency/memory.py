@@ -6,8 +6,10 @@ CPU the same calls allocate, count and copy at once, so that tests can show by i
 
 import contextlib
 import mmap
+import os
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from wan22.machine import Room, gpu_memory, host_memory
 
 ASIDE = GPU_RESERVE // 2  # for what is taken past torch
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU's context
+TOUCHING = 16  # threads, at most, that take pages of the host's memory
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)  # of the device; of the host
 
 
@@ -51,6 +54,22 @@ def _mapped(nbytes: int) -> np.ndarray:
         with contextlib.suppress(AttributeError, OSError):
             pages.madvise(getattr(mmap, advice))
     return np.frombuffer(pages, dtype=np.uint8)[:nbytes]
+
+
+def _touched(array: np.ndarray) -> np.ndarray:
+    """The same bytes, their pages taken from the system by many threads at once. The driver would take them one after
+    the other, at 0.1 s a GB at best, and up to 5 where the system is a virtual machine that gave them back to its host.
+    """
+    threads = max(1, min(TOUCHING, os.cpu_count() or 1, len(array) >> 24))
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda part: part[:: mmap.PAGESIZE].fill(0), np.array_split(array, threads)))
+    return array
+
+
+def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in the host's memory, in large pages that are there already. Raises MemoryError."""
+    count = torch.Size(shape).numel()
+    return torch.from_numpy(_touched(_mapped(count * dtype.itemsize))).view(dtype).view(shape)
 
 
 class Memory:
@@ -131,7 +150,7 @@ class CudaMemory(Memory):
 
     def host(self, nbytes: int) -> Tensor:
         # torch's own pinned allocator rounds up to powers of two: 28 GB become 43.
-        array = _mapped(nbytes)
+        array = _touched(_mapped(nbytes))
         runtime, address = torch.cuda.cudart(), array.ctypes.data
         # A thread begins with the first GPU as its own, and would open a context there.
         with torch.cuda.device(self.device):
