@@ -228,7 +228,7 @@ class Request(_Settings):
     solver: str = _SPEC.solver
     guidance_high: float = _SPEC.guidance_high
     guidance_low: float = _SPEC.guidance_low
-    boundary: float = _SPEC.boundary
+    boundary: float | None = None  # None: the checkpoint's own, where it has one, else the task's
     seed: int | None = None  # None: one is drawn, told and recorded
     noise_device: str = "cpu"
     loras: tuple[Lora, ...] = ()  # merged in this order
@@ -266,7 +266,8 @@ class Request(_Settings):
             raise RequestError(f"--solver {self.solver}: unknown solver", hint=f"known: {', '.join(SOLVERS)}")
         _check_number("--guidance", self.guidance_high, float, 0, 100)
         _check_number("--guidance-low", self.guidance_low, float, 0, 100)
-        _check_number("boundary", self.boundary, float, 0, 1)
+        if self.boundary is not None:
+            _check_number("boundary", self.boundary, float, 0, 1)
         if self.seed is not None:
             _check_number("--seed", self.seed, int, 0, 2**63 - 1)
         if self.noise_device not in ("cpu", "cuda"):
@@ -303,6 +304,11 @@ class Request(_Settings):
         spec = self.spec
         frames = (self.num_frames - 1) // spec.temporal_stride + 1
         return spec.latent_channels, frames, self.height // spec.spatial_stride, self.width // spec.spatial_stride
+
+    def with_boundary(self, own: float | None = None) -> Self:
+        """Its boundary made definite: the one asked for, else a checkpoint's `own`, else the task's."""
+        known = (boundary for boundary in (self.boundary, own, self.spec.boundary) if boundary is not None)
+        return dataclasses.replace(self, boundary=next(known))
 
     @property
     def guided(self) -> bool:
@@ -392,7 +398,7 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 def parse_bytes(flag: str, text: str) -> int:
     """`24GiB`, `24GB`, `24G` (as GiB: what cards are sold by), `25000MiB`, plain bytes → bytes. Raises RequestError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt])(i?b)?|b)?\s*", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise RequestError(f"{flag} {text}: not an amount of memory", hint="say 24GiB, 24GB or 25000MiB")
     base = 1000 if (match[3] or "").lower() == "b" else 1024

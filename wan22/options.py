@@ -7,7 +7,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +163,7 @@ def make_request(settings: Mapping[str, Any], checkpoint: Checkpoint | None = No
     if "prompt" not in settings:
         raise RequestError("--prompt is missing", hint='say what to show: --prompt "a red ball rolls over a table"')
     request = Request.from_dict(dict(settings))
-    if checkpoint and checkpoint.boundary is not None and "boundary" not in settings:
-        request = replace(request, boundary=checkpoint.boundary)
-    return request
+    return request.with_boundary(checkpoint.boundary) if checkpoint else request
 
 
 def read_any_record(file: str) -> dict[str, Any]:

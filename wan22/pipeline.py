@@ -139,9 +139,8 @@ class Pipeline:
     def request(self, prompt: str, **settings: Any) -> Request:
         """A request whose defaults are this model's own: the published recipe, or the demo's small videos."""
         defaults = load_preset("demo").request if self.is_demo else {}
-        if self.checkpoint.boundary is not None:
-            defaults = {"boundary": self.checkpoint.boundary, **defaults}
-        return Request.from_dict({"prompt": prompt, **defaults, **settings})
+        request = Request.from_dict({"prompt": prompt, **defaults, **settings})
+        return request.with_boundary(self.checkpoint.boundary)
 
     def generate(self, request: Request, reporter: Reporter | None = None) -> Result:
         """Make the video in memory. Raises RequestError, RunError."""
@@ -212,6 +211,7 @@ class Pipeline:
         if request.noise_device == "cuda" and not torch.cuda.is_available():
             raise RequestError("--noise-device cuda: there is no GPU here")
         self.choose_attention(request)
+        request = request.with_boundary(self.checkpoint.boundary)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         return replace(request, seed=seed, loras=self.adapters.resolve(request.loras))
 
