@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
-    "IfExists", "VideoWriter", "check_sidecar", "check_writable", "is_mp4", "iter_frames", "open_output", "read_frames",
-    "read_record", "write_sidecar",
+    "IfExists", "VideoWriter", "check_folder", "check_sidecar", "check_writable", "is_mp4", "iter_frames",
+    "open_output", "read_frames", "read_record", "write_sidecar",
 ]  # fmt: skip
 
 IfExists = Literal["error", "number", "replace"]  # a target that exists: refuse, take the next free number, replace it
@@ -117,8 +117,22 @@ def check_writable(
 ) -> None:
     """RequestError, before any work is done, where `open_output` could not write. Leaves nothing behind."""
     target, kind = Path(path), _kind(path)
+    check_folder(target)
+    taken = exists(target) and not (kind is _FolderWriter and is_empty_folder(target))
+    if taken and if_exists == "error":
+        raise RequestError(f"cannot write {target}: it exists already", hint=_overwrite_hint(target))
+    if taken and if_exists == "replace" and kind is _FolderWriter:
+        _check_ours(target)
+    if kind is _Mp4Writer:
+        _check_codec(_ffmpeg(), encoding.codec)
+
+
+def check_folder(target: Path) -> None:
+    """RequestError where no file of that name could be made; leaves nothing behind."""
     try:
-        taken = exists(target) and not (kind is _FolderWriter and is_empty_folder(target))
+        exists(target)
+        if target.is_dir():
+            next(target.iterdir(), None)
         folder = target.absolute().parent
         while not exists(folder) and folder != folder.parent:  # a Windows drive may not exist
             folder = folder.parent
@@ -128,12 +142,6 @@ def check_writable(
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         reason = error.strerror if isinstance(error, OSError) else error
         raise RequestError(f"cannot write {target}: {reason}") from None
-    if taken and if_exists == "error":
-        raise RequestError(f"cannot write {target}: it exists already", hint=_overwrite_hint(target))
-    if taken and if_exists == "replace" and kind is _FolderWriter:
-        _check_ours(target)
-    if kind is _Mp4Writer:
-        _check_codec(_ffmpeg(), encoding.codec)
 
 
 def check_sidecar(path: str | Path, *, if_exists: IfExists) -> None:

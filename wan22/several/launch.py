@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import DEVNULL, Popen, TimeoutExpired
 from types import FrameType
@@ -20,7 +20,8 @@ from typing import IO, Any
 
 from wan22.config import EIGHT_BIT, Placement, Precision, RequestError
 from wan22.several.mesh import first_host
-from wan22.several.watch import RESCUE, Member, News, Watchman
+from wan22.several.watch import RESCUE, Member, News, Watchman, announce
+from wan22.signals import STOPPED
 
 HERE = str(Path(__file__).resolve().parent.parent)  # where this package is, installed or not
 WATCH = "WAN22_WATCH"  # address and token of the watchman, for processes that `--gpus` started
@@ -121,7 +122,12 @@ def connect(environment: Mapping[str, str], team: Team) -> Member | None:
 def launch(argv: Sequence[str], count: int) -> int:
     """`wan22 ARGV` in `count` processes on this machine; the exit code. The first one's output is this one's; of the
     others, only what ends the run is told, once."""
-    watchman = Watchman(count, "127.0.0.1")
+    asked: list[int] = []  # signals that came to this process
+
+    def tell(news: News) -> None:
+        announce(replace(news, line=STOPPED[128 + asked[0]]) if asked and news.kind == "stopped" else news)
+
+    watchman = Watchman(count, "127.0.0.1", tell)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
@@ -133,7 +139,7 @@ def launch(argv: Sequence[str], count: int) -> int:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
         children: list[Popen[bytes]] = []
         stack.callback(_kill, children)
-        stack.enter_context(_forwarding(children))
+        stack.enter_context(_forwarding(children, asked))
         for rank in range(count):
             quiet: dict[str, Any] = {} if rank == 0 else {"stdout": DEVNULL, "stderr": said[rank]}
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -146,14 +152,15 @@ def launch(argv: Sequence[str], count: int) -> int:
             for rank, code in enumerate(codes):
                 if code and rank not in told:
                     told.add(rank)
-                    watchman.hear(_death(rank, code, said[rank]))
+                    ended = asked and code in (-signal.SIGTERM, 128 + signal.SIGTERM)
+                    watchman.hear(News("stopped", rank, "") if ended else _death(rank, code, said[rank]))
             if all(code == 0 for code in codes):
                 return 0
         assert watchman.verdict
         # The first one keeps the run's state, which takes a moment.
         _await(children, RESCUE + 2)
         _kill(children)
-        return watchman.verdict.code
+        return 128 + asked[0] if asked and watchman.verdict.kind == "stopped" else watchman.verdict.code
 
 
 def _death(rank: int, code: int, said: IO[bytes]) -> News:
@@ -172,11 +179,12 @@ def _signal_name(number: int) -> str:
 
 
 @contextlib.contextmanager
-def _forwarding(children: "list[Popen[bytes]]") -> Any:
+def _forwarding(children: "list[Popen[bytes]]", asked: list[int]) -> Any:
     def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         for child in children:
             with contextlib.suppress(OSError):
-                child.send_signal(number)
+                child.terminate()  # which also a Python that is only just starting takes without a word
 
     before: dict[int, Callable[..., Any] | int | None] = {
         number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
