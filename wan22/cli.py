@@ -557,9 +557,10 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell that put us behind it ignores it
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):  # not ignored, by a shell
         signal.signal(signal.SIGINT, stop)
     try:
+        os.getcwd()  # a folder that is gone ends libraries at odd places, oneMKL the whole process
         with never_swallowed():
             code = app(args=words, prog_name="wan22", standalone_mode=False) or 0
             sys.stdout.flush()  # what is wrong with it shall be told, too
@@ -665,6 +666,7 @@ class Stream(io.TextIOWrapper):
 
     def __init__(self, plain: io.TextIOWrapper, errors: str) -> None:
         super().__init__(plain.buffer, plain.encoding, errors, line_buffering=plain.line_buffering)
+        self._plain = plain  # which else would be closed, and the buffer with it
 
     def write(self, text: str) -> int:
         with self._leading_nowhere():

@@ -119,6 +119,8 @@ def check_writable(
     target, kind = Path(path), _kind(path)
     check_folder(target)
     taken = exists(target) and not (kind is _FolderWriter and is_empty_folder(target))
+    if taken and not (target.is_file() or target.is_dir() or target.is_symlink()):  # of which a video takes the name
+        raise RequestError(f"cannot write {target}: it is a device or a pipe, not a file", hint="name a file")
     if taken and if_exists == "error":
         raise RequestError(f"cannot write {target}: it exists already", hint=_overwrite_hint(target))
     if taken and if_exists == "replace" and kind is _FolderWriter:

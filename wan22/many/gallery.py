@@ -59,8 +59,9 @@ def write_gallery(folder: Path) -> Path:
     page = folder / PAGE
     check_folder(page)
     partial = folder / f".{PAGE}.{secrets.token_hex(4)}"
+    text = _page(folder.resolve().name, list(_cards(folder)))
     try:
-        partial.write_text(_page(folder.resolve().name, list(_cards(folder))), encoding="utf-8", errors="replace")
+        partial.write_text(text, encoding="utf-8", errors="replace")
         os.replace(partial, page)
     except OSError as error:
         with contextlib.suppress(OSError):

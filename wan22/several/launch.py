@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, Popen, TimeoutExpired
 from types import FrameType
@@ -124,10 +124,12 @@ def launch(argv: Sequence[str], count: int) -> int:
     others, only what ends the run is told, once."""
     asked: list[int] = []  # signals that came to this process
 
-    def tell(news: News) -> None:
-        announce(replace(news, line=STOPPED[128 + asked[0]]) if asked and news.kind == "stopped" else news)
+    def told_to(news: News) -> News:
+        """After a signal, however a process ends of it is what was asked for."""
+        ended = asked and news.kind in ("stopped", "died", "lost", "cut off")
+        return News("stopped", news.rank, STOPPED[128 + asked[0]], (), 128 + asked[0]) if ended else news
 
-    watchman = Watchman(count, "127.0.0.1", tell)
+    watchman = Watchman(count, "127.0.0.1", lambda news: announce(told_to(news)))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
@@ -146,21 +148,22 @@ def launch(argv: Sequence[str], count: int) -> int:
             # A session of their own: Ctrl-C comes to this process alone, which passes it on.
             children.append(Popen([sys.executable, "-m", "wan22", *argv], env=environment,
                                              stdin=DEVNULL, start_new_session=True, **quiet))  # fmt: skip
+        if asked:  # while not all of them were there
+            _terminate(children)
         told: set[int] = set()
         while not watchman.ended.wait(0.1):
             codes = [child.poll() for child in children]
             for rank, code in enumerate(codes):
                 if code and rank not in told:
                     told.add(rank)
-                    ended = asked and code in (-signal.SIGTERM, 128 + signal.SIGTERM)
-                    watchman.hear(News("stopped", rank, "") if ended else _death(rank, code, said[rank]))
+                    watchman.hear(_death(rank, code, said[rank]))
             if all(code == 0 for code in codes):
                 return 0
         assert watchman.verdict
         # The first one keeps the run's state, which takes a moment.
         _await(children, RESCUE + 2)
         _kill(children)
-        return 128 + asked[0] if asked and watchman.verdict.kind == "stopped" else watchman.verdict.code
+        return told_to(watchman.verdict).code
 
 
 def _death(rank: int, code: int, said: IO[bytes]) -> News:
@@ -182,9 +185,7 @@ def _signal_name(number: int) -> str:
 def _forwarding(children: "list[Popen[bytes]]", asked: list[int]) -> Any:
     def forward(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        for child in children:
-            with contextlib.suppress(OSError):
-                child.terminate()  # which also a Python that is only just starting takes without a word
+        _terminate(children)
 
     before: dict[int, Callable[..., Any] | int | None] = {
         number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
@@ -194,6 +195,13 @@ def _forwarding(children: "list[Popen[bytes]]", asked: list[int]) -> Any:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _terminate(children: "list[Popen[bytes]]") -> None:
+    """By the signal that also a Python that is only just starting takes without a word."""
+    for child in children:
+        with contextlib.suppress(OSError):
+            child.terminate()
 
 
 def _await(children: "Sequence[Popen[bytes]]", seconds: float) -> None:
