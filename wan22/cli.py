@@ -578,7 +578,7 @@ def main(argv: list[str]) -> int:
             return tell_others(error, member)
         if debug:
             raise
-        if os.environ.get("RANK", "0") != "0":
+        if launching.follows(os.environ):
             return explained(error)[2]  # of a command line that is wrong, which the first process says
         return explain(error)
     if _running.member:

@@ -239,6 +239,7 @@ class Request(_Settings):
     original_prompt: str | None = None  # what was asked for, where `prompt` is an extension of it
 
     def __post_init__(self) -> None:
+        _check_text("--task", self.task)
         if self.task not in MODEL_SPECS:
             raise RequestError(f"--task {self.task}: unknown task", hint=f"known: {', '.join(MODEL_SPECS)}")
         _check_text("--prompt", self.prompt)

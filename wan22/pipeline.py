@@ -412,6 +412,8 @@ class Pipeline:
         request, latents = Request.from_dict(saved.record["request"], str(file)), saved.progress().latents
         if tuple(latents.shape) != request.latent_shape:
             raise RequestError(f"{file}: its latents are {list(latents.shape)}, not what its record says")
+        if not latents.isfinite().all():
+            raise RequestError(f"{file}: its latents are not finite numbers")
         stem = re.sub(r"\.(latents|state)\.safetensors$", "", file.name)
         with reporter.phase("decode and write"):
             policy: IfExists = "replace" if overwrite else "error" if output else "number"

@@ -160,7 +160,7 @@ def is_finished(output: Path) -> bool:
     """Whether an output that has a state beside it is nevertheless whole: the kill came just before the state went."""
     try:
         return exists(state_path(output)) and read_record(output) == read_state(state_path(output)).record
-    except (RequestError, OSError):
+    except (RequestError, OSError, ValueError):  # ValueError: a path without a name, as `.`
         return False
 
 

@@ -131,6 +131,8 @@ def check_writable(
 
 def check_folder(target: Path) -> None:
     """RequestError where no file of that name could be made; leaves nothing behind."""
+    if not target.name:
+        raise RequestError(f"cannot write {target}: it is no name", hint="name a file, or a new folder")
     try:
         exists(target)
         if target.is_dir():

@@ -62,6 +62,14 @@ def team_of(environment: Mapping[str, str]) -> Team:
     return Team()
 
 
+def follows(environment: Mapping[str, str]) -> bool:
+    """Whether another process is the first of this one's team, and speaks for all."""
+    try:
+        return team_of(environment).rank > 0
+    except RequestError:  # nobody is known to
+        return False
+
+
 def refuse_lonely(placement: Placement, precision: Precision, team: Team) -> None:
     """What several processes are asked for and one cannot do, and what several cannot. Raises RequestError."""
     world = placement.gpus or team.world
@@ -106,7 +114,11 @@ def rendezvous(environment: Mapping[str, str], team: Team) -> dict[str, str]:
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
         told["MASTER_ADDR"] = first_host(nodes)
     if "MASTER_PORT" not in told:
-        job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        try:
+            job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        except ValueError:
+            said = "the environment says no MASTER_PORT, and SLURM_JOB_ID or SLURM_STEP_ID is no number to make it of"
+            raise RequestError(said, hint="set MASTER_PORT, the same for all") from None
         told["MASTER_PORT"] = str(20000 + (job * 16 + step % 16) % 40000)
     return {**told, "RANK": str(team.rank), "WORLD_SIZE": str(team.world), "LOCAL_RANK": str(team.local_rank)}
 
@@ -115,8 +127,12 @@ def connect(environment: Mapping[str, str], team: Team) -> Member | None:
     """The thread that ends this process with the others, where `--gpus` started it."""
     if WATCH not in environment:
         return None
-    host, port, token = environment[WATCH].split(" ")
-    return Member(team.rank, (host, int(port)), token)
+    try:
+        host, port, token = environment[WATCH].split(" ")
+        return Member(team.rank, (host, int(port)), token)
+    except (OSError, ValueError):
+        said = f"the environment says {WATCH}={environment[WATCH]}: nobody listens there"
+        raise RequestError(said, hint=f"unset {WATCH}: --gpus sets it, for what it starts") from None
 
 
 def launch(argv: Sequence[str], count: int) -> int:
