@@ -132,7 +132,8 @@ def _check_text(name: str, value: Any) -> None:
 
 def _check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if not numeric or (kind is int and not isinstance(value, int)) or not math.isfinite(value):
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if not numeric or not finite or (kind is int and not isinstance(value, int)):
         raise RequestError(f"{name}: {value!r} is not {'a whole number' if kind is int else 'a number'}")
     if not low <= value <= high:
         raise RequestError(f"{name}: {value} is outside {low:g} to {high:g}")
@@ -143,8 +144,10 @@ class _Settings:
 
     @classmethod
     def from_dict(cls, table: dict[str, Any], where: str = "") -> Self:
-        """A table of exactly this dataclass's names; an unknown or missing one is an error that names it. Raises
-        RequestError."""
+        """A table of exactly this dataclass's names; an unknown or missing one is an error that names it. where: the
+        file that it comes from, or what else an error is to name first. Raises RequestError."""
+        if not isinstance(table, dict):
+            raise RequestError(f"{where or cls.__name__}: {table!r} is not a table")
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name in table:
             if name not in fields:
@@ -153,7 +156,10 @@ class _Settings:
         for name, field in fields.items():
             if field.default is dataclasses.MISSING and name not in table:
                 raise RequestError(f"{where or cls.__name__}: misses {name!r}")
-        return cls(**table)
+        try:
+            return cls(**table)
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}" if where else str(error), error.hint) from None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
@@ -289,10 +295,12 @@ class Request(_Settings):
     @classmethod
     def from_dict(cls, table: dict[str, Any], where: str = "") -> Self:
         """As for every settings class; `loras` may be tables, as JSON and TOML have them."""
-        loras, where = table.get("loras", ()), where or cls.__name__
+        if not isinstance(table, dict):
+            return super().from_dict(table, where)  # which says so
+        loras, named = table.get("loras", ()), where or cls.__name__
         if not isinstance(loras, list | tuple) or not all(isinstance(lora, dict | Lora) for lora in loras):
-            raise RequestError(f"{where}: loras: {loras!r} is not a list of tables")
-        read = (lora if isinstance(lora, Lora) else Lora.from_dict(lora, f"{where}: loras") for lora in loras)
+            raise RequestError(f"{named}: loras: {loras!r} is not a list of tables")
+        read = (lora if isinstance(lora, Lora) else Lora.from_dict(lora, f"{named}: loras") for lora in loras)
         return super().from_dict({**table, "loras": tuple(read)}, where)
 
     @property

@@ -68,7 +68,11 @@ class Base:
 
 
 def read_base(flags: Flags) -> Base:
-    """What `--preset` or `--from` bring. Raises RequestError."""
+    """What `--preset` or `--from` bring. Raises RequestError, also for any flag whose value is empty, as that of a
+    shell's variable which is not set."""
+    for name, value in flags.items():
+        if value == "" and "prompt" not in name:
+            raise RequestError(f"--{'from' if name == 'from_file' else name.replace('_', '-')}: its value is empty")
     from_file = flags.get("from_file")
     if from_file and flags["preset"]:
         raise RequestError("--from and --preset both bring settings", hint="give one of them")

@@ -409,11 +409,8 @@ class Pipeline:
         if saved.record.get("checkpoint") != self.identity:
             raise RequestError(f"{file}: was made with another checkpoint than {self.checkpoint.folder}",
                                hint="name the one it was made with: --ckpt_dir FOLDER")  # fmt: skip
+        Encoding.from_dict(saved.record.get("encoding", {}), str(file))
         request, latents = Request.from_dict(saved.record["request"], str(file)), saved.progress().latents
-        if tuple(latents.shape) != request.latent_shape:
-            raise RequestError(f"{file}: its latents are {list(latents.shape)}, not what its record says")
-        if not latents.isfinite().all():
-            raise RequestError(f"{file}: its latents are not finite numbers")
         stem = re.sub(r"\.(latents|state)\.safetensors$", "", file.name)
         with reporter.phase("decode and write"):
             policy: IfExists = "replace" if overwrite else "error" if output else "number"
