@@ -77,12 +77,16 @@ def bench(
                                         placement, layers)  # fmt: skip
     measured = library.run(checkpoint, request, precision, placement, options)
     as_text = library.as_text
-    if rows and not memory:
+    if rows is not None and not memory:
         raise RequestError("--rows is for --memory")
+    if memory and (other := [name for name, asked in {"--against": against, "--quick": quick, "--decode": decoding,
+                                                      "--text": text, "--no-forward": no_forward}.items() if asked]):
+        raise RequestError(f"{other[0]} goes with no --memory, which measures memory instead")
     if memory:
         from wan22.measuring import memory_rows as bench_memory
 
-        measured = bench_memory.run(checkpoint, request, precision, placement, rows.split(",") if rows else ())
+        asked = () if rows is None else rows.split(",")
+        measured = bench_memory.run(checkpoint, request, precision, placement, asked)
         as_text = bench_memory.as_text
     finite = True
     for number, row in enumerate(measured):

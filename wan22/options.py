@@ -81,7 +81,7 @@ def read_base(flags: Flags) -> Base:
 
 def read_request(flags: Flags, base: Base) -> dict[str, Any]:
     """A request's settings: the flags over the base. A prompt may be missing. Raises RequestError."""
-    width, height = parse_size(flags["size"]) if flags["size"] else (None, None)
+    width, height = parse_size(flags["size"]) if flags["size"] is not None else (None, None)
     guidance_low = flags["guidance"] if flags["guidance_low"] is None else flags["guidance_low"]
     asked = {
         "width": width, "height": height, "num_frames": flags["frames"], "num_steps": flags["steps"],
