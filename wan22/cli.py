@@ -331,7 +331,7 @@ def compare(
     from wan22.compare import check_plot, save_plot
     from wan22.compare import compare as measure
 
-    if output:
+    if output is not None:
         check_plot(output, overwrite)
     comparison = measure(a, b)
     print(json.dumps(comparison.to_dict(), ensure_ascii=False) if as_json else "\n".join(comparison.lines()))
@@ -420,7 +420,7 @@ def decode(
     launching.refuse_torchrun(os.environ, "decode is for one process alone", "without torchrun")
     flags = dict(locals())
     record = read_any_record(latents)
-    if output:
+    if output is not None:
         check_writable(output, if_exists="replace" if overwrite else "error")
     if not model and not ckpt_dir and record.get("model") == "demo":
         flags["model"] = "demo"

@@ -78,7 +78,7 @@ def batch(
     from wan22.many.items import parse_seeds, read_items, recorded_attention
     from wan22.many.worker import Work
 
-    source, base = Path(file), read_base(flags)
+    source, base = Path(file), read_base({**flags, "output": output, "seeds": seeds, "shard": shard})
     part, parts = library.parse_shard(shard)
     checkpoint = read_checkpoint(flags, base, DEFAULT_TASK)
     parse = functools.partial(parse_line, context.find_root().command)

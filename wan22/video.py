@@ -509,7 +509,10 @@ def read_frames(path: str | Path) -> tuple[np.ndarray, float]:
         if kind == "mp4":
             about, chunks = _open_mp4(path)
             width, height = about["size"]
-            return np.frombuffer(bytearray().join(chunks), np.uint8).reshape(-1, height, width, 3), about["fps"]
+            frames = np.frombuffer(bytearray().join(chunks), np.uint8).reshape(-1, height, width, 3)
+            if not len(frames):
+                raise ValueError("not a frame of it can be decoded")
+            return frames, about["fps"]
         fps = read_document(path)["fps"] if kind == "folder" else _gif_rate(path)
         return np.stack(list(_FRAMES[kind](path))), fps
 

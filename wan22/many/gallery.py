@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from wan22.config import Request, RequestError
 from wan22.many import journal
-from wan22.output.names import not_written
+from wan22.output.names import not_written, staging_prefix
 from wan22.output.record import read_record
 from wan22.video import check_folder, check_writable, read_frames
 
@@ -177,12 +177,12 @@ def write_sheet(files: list[Path], output: Path, overwrite: bool = False) -> Pat
     for file in files:
         frames, _ = read_frames(file)
         try:
-            request = read_record(file).get("request", {})
+            request = read_record(file)["request"]
             caption = f"{request.get('prompt', file.name)}\nseed {request.get('seed')} · {file.name}"
-        except RequestError:
+        except (RequestError, KeyError, AttributeError):  # a record that somebody edited
             caption = file.name
         cards.append((frames, caption))
-    partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+    partial = output.with_name(f"{staging_prefix(output)}{secrets.token_hex(4)}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(cards).save(partial, format="png")
