@@ -87,6 +87,8 @@ def refused(capsys, words, *expected, code=2):
         (["--model", "nowhere/there"], ["nowhere/there"]),
         (["--model", "demo", "--ckpt_dir", "nowhere"], ["--model and --ckpt_dir both"]),
         (["--output", "video.docx"], ["video.docx"]),
+        (["--output", ""], ["--output", "empty"]),
+        (["--preset", ""], ["--preset", "empty"]),
         (["--output", "/proc/nowhere/video.mp4"], ["/proc/nowhere"]),
     ],
 )

@@ -198,9 +198,16 @@ def test_memory(run):
     assert (code, "it does not fit" in out) == (0, True)
 
 
-@pytest.mark.parametrize("rows", ["720p", "720p:both", "x:none", "720p:none:much", "720p:none:1GiB:2"])
+@pytest.mark.parametrize("rows", ["720p", "720p:both", "x:none", "720p:none:much", "720p:none:1GiB:2", "",
+                                  "64x64:none,60x64:none"])  # fmt: skip
 def test_rows_that_are_none(run, rows):
-    assert run("--memory", "--rows", rows)[0] == 2
+    """Told before the first one is measured."""
+    assert run("--memory", "--rows", rows)[:2] == (2, "")
+
+
+@pytest.mark.parametrize("flag", [["--against", "diffusers"], ["--quick"], ["--decode"], ["--text"]])
+def test_flags_that_are_not_for_memory(run, flag):
+    assert run("--memory", "--rows", "64x64:none", *flag)[:2] == (2, "")
 
 
 def test_both_experts_work_in_the_two_steps():

@@ -113,6 +113,29 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+def test_a_sheet_of_what_cannot_be_decoded(folder, tmp_path, capsys):
+    """Its boxes are whole, its pictures are not."""
+    file = folder / "a #1 100%.mp4"
+    data = bytearray(file.read_bytes())
+    start = data.index(b"mdat") + 4
+    data[start : start + 1000] = b"\xff" * 1000
+    file.write_bytes(data)
+    output = tmp_path / f"{'n' * 251}.png"
+    assert cli.main(["sheet", str(folder / "b.gif"), str(file), "--output", str(output)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and file.name in err and "decoded" in err, err
+    assert cli.main(["sheet", str(folder / "b.gif"), "--output", str(output)]) == 0
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [output.name]
+
+
+def test_a_journal_that_somebody_edited(folder):
+    with open(folder / journal.NAME, "a") as file:
+        file.write('{"event": "start", "name": "d.mp4"}\n{"event": "start", "name": "d.mp4", "time": "late"}\n'
+                   '{"event": "done", "name": "e.mp4", "time": 1, "seconds": "many"}\n[]\n{"event": 5}\n')
+    assert [item["name"] for item in journal.status(folder)["waiting"]] == ["d.mp4"]
+    assert write_gallery(folder).is_file()
+
+
 def test_a_browser_shows_it(folder, tmp_path):
     page = write_gallery(folder)
     words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",

@@ -86,8 +86,11 @@ def test_diffusers_recipe(diffusers, experts, tmp_path):
     other = shutil.copytree(diffusers, tmp_path / "other")
     index = json.loads((other / "model_index.json").read_text())
     (other / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": 0.9}))
-    request = Pipeline(open_checkpoint(other)).request("x")
+    pipeline = Pipeline(open_checkpoint(other))
+    request = pipeline.request("x")
     assert (request.boundary, request.shift, request.guidance_low) == (0.9, 12.0, 3.0)
+    assert pipeline.resolve(Request("x")).boundary == 0.9
+    assert pipeline.resolve(Request("x", boundary=0.875)).boundary == 0.875, "as asked for, also where that is usual"
 
 
 @pytest.mark.parametrize("stem", ["models_t5_umt5-xxl-enc-bf16", "Wan2.1_VAE"])

@@ -1,5 +1,7 @@
 """Encoded prompts on disk: what comes out is what encoding gives, bit for bit, or nothing."""
 
+import re
+
 import pytest
 import torch
 from conftest import TINY
@@ -71,7 +73,9 @@ def test_a_cut_prompt_is_told_every_time(folder, no_encoder):
 
 @pytest.mark.parametrize("spoil", [
     lambda raw: raw[:-1], lambda raw: b"", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), lambda raw: b"{}\n" + raw,
-    lambda raw: raw.replace(b'"shape": [', b'"shape": [9, '), lambda raw: b"\xff" * 50,
+    lambda raw: raw.replace(b'"shape": [', b'"shape": [9, '), lambda raw: raw.replace(b"shape", b"Shape", 1),
+    lambda raw: re.sub(rb'"shape": [^]]*', b'"shape": [-1, 2', raw), lambda raw: raw.replace(b"false", b"true", 1),
+    lambda raw: b"5" + raw[raw.index(b"\n"):], lambda raw: b"\xff" * 50,
 ])  # fmt: skip
 def test_a_spoiled_file_is_a_miss(folder, spoil):
     expected = pipe().encode(PROMPTS[:1], Reporter())[0]
@@ -139,6 +143,9 @@ def test_it_can_be_turned_off(folder, monkeypatch):
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert str(prompt_cache.default_folder()) == "/somewhere/wan22/prompts"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", "/home")
+    assert str(prompt_cache.default_folder()) == "/home/.cache/wan22/prompts"
     assert cache_for(random_checkpoint(CPU, layers=1), torch.float32, CPU) is None  # they lie in no file
 
 

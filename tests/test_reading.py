@@ -91,6 +91,16 @@ def test_every_dtype(tmp_path, dtype):
         assert all(torch.equal(targets[name].float(), tensor.float()) for name, tensor in table.items())
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_whatever_mode_the_caller_is_in(expert, tmp_path, mode):
+    """A thread has a mode of its own, and tensors made in inference mode cannot be changed outside."""
+    save_file(expert, tmp_path / "x")
+    expected = read_all(Safetensors(tmp_path / "x"), torch.float32)
+    with torch.inference_mode(mode):
+        read = read_all(Safetensors(tmp_path / "x"), torch.float32)
+    assert all(tensor.is_inference() == mode and torch.equal(tensor, expected[name]) for name, tensor in read.items())
+
+
 def test_a_file_that_ends_while_it_is_read(expert, tmp_path):
     """One line, and soon: what is left of the others is not read first."""
     save_file(expert, tmp_path / "x")

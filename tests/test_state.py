@@ -22,7 +22,8 @@ from wan22.state import Progress, RunState, read_state, state_path
 
 TYPED = ["generate", "--ckpt_dir", str(TINY), "--size", "64*48", "--frames", "5", "--steps", "4", "--prompt", "A ball"]
 CPU = torch.device("cpu")
-RECORD = {"request": {"seed": 1}, "precision": {}, "versions": {}, "checkpoint": "x"}
+REQUEST = {"prompt": "x", "width": 64, "height": 64, "num_frames": 5, "seed": 1}
+RECORD = {"request": REQUEST, "precision": {}, "versions": {}, "checkpoint": "x"}
 
 
 @pytest.fixture(autouse=True)

@@ -41,8 +41,8 @@ FLOORS = [
     {"journal"},
     {"names", "report", "verify", "claim"},
     {"memory", "capability"},
-    {"machine", "vae_sizes", "work", "clock", "part_shapes", "launch", "signals"},
-    {"mesh", "watch"},
+    {"machine", "vae_sizes", "work", "clock", "part_shapes", "launch"},
+    {"mesh", "watch", "signals"},
     {"config"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}

@@ -325,8 +325,9 @@ class Batch:
 
 def changes(request: Request) -> dict[str, Any]:
     """A request's prompt, and those settings that are not the defaults."""
-    plain = Request("x").to_dict()
-    return {name: value for name, value in request.to_dict().items() if name == "prompt" or value != plain[name]}
+    plain = Request("x").with_boundary().to_dict()
+    asked = request.with_boundary().to_dict()
+    return {name: value for name, value in asked.items() if name == "prompt" or value != plain[name]}
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------

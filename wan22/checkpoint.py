@@ -63,11 +63,11 @@ def hub_snapshot(repository: str) -> Path | None:
     return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def find_checkpoint(model: str | None = None, ckpt_dir: str | None = None) -> Path:
+def find_checkpoint(model: str | None = None, ckpt_dir: str | None = None, flag: str = "--model ") -> Path:
     """The checkpoint folder: `ckpt_dir` or `model` where given, else the usual places in order. Raises RequestError.
 
     model: `demo` (a folder of that name is `./demo`), a folder, the published name, or `owner/name` in the Hugging Face
-    cache.
+    cache; flag: what came before it, for what is said of it.
     """
     if model and ckpt_dir:
         raise RequestError("--model and --ckpt_dir both name a checkpoint", hint="give one of them")
@@ -81,7 +81,7 @@ def find_checkpoint(model: str | None = None, ckpt_dir: str | None = None) -> Pa
     if model and model not in (*DEFAULT_FOLDERS, REPOSITORY):
         if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and (snapshot := hub_snapshot(model)):
             return snapshot
-        raise RequestError(f"--model {model}: neither a folder nor in the Hugging Face cache", hint="known name: demo")
+        raise RequestError(f"{flag}{model}: neither a folder nor in the Hugging Face cache", hint="known name: demo")
     looked = []
     if from_environment := os.environ.get("WAN22_CKPT_DIR"):
         if not Path(from_environment).is_dir():

@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -35,7 +36,9 @@ from wan22.config import (
     Precision,
     Request,
     RequestError,
+    RunError,
     WanError,
+    one_line,
     parse_bytes,
     parse_size,
     preset_names,
@@ -54,10 +57,10 @@ from wan22.options import (
     read_precision,
     read_request,
 )
-from wan22.output.names import next_free
+from wan22.output.names import NOT_ALLOWED, next_free, reason
 from wan22.several.mesh import Mesh, Shares
 from wan22.several.watch import Member, News, announce, of_another
-from wan22.signals import STOPPED, never_swallowed, stop
+from wan22.signals import STOPPED, UNREAD, never_swallowed, stop
 from wan22.state import is_finished
 from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
 
@@ -327,7 +330,7 @@ def compare(
     from wan22.compare import check_plot, save_plot
     from wan22.compare import compare as measure
 
-    if output:
+    if output is not None:
         check_plot(output, overwrite)
     comparison = measure(a, b)
     print(json.dumps(comparison.to_dict(), ensure_ascii=False) if as_json else "\n".join(comparison.lines()))
@@ -349,7 +352,7 @@ def convert(
 ) -> None:
     """Make one folder of sharded safetensors, in bf16 or fp8, of a checkpoint in any layout."""
     checkpoint = open_checkpoint(
-        find_checkpoint(source), parts=Parts(high_noise, low_noise, text_encoder, vae, tokenizer)
+        find_source(source), parts=Parts(high_noise, low_noise, text_encoder, vae, tokenizer)
     )
     for warning in checkpoint.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -416,7 +419,7 @@ def decode(
     launching.refuse_torchrun(os.environ, "decode is for one process alone", "without torchrun or srun")
     flags = dict(locals())
     record = read_any_record(latents)
-    if output:
+    if output is not None:
         check_writable(output, if_exists="replace" if overwrite else "error")
     if not model and not ckpt_dir and record.get("model") == "demo":
         flags["model"] = "demo"
@@ -431,6 +434,13 @@ def decode(
     reporter = JsonReporter() if json_lines else ConsoleReporter()
     path = pipeline.decode_file(Path(latents), Path(output) if output else None, overwrite, reporter)
     reporter.finished(str(path))
+
+
+def find_source(source: str) -> Path:
+    """The checkpoint to convert. Raises RequestError."""
+    if Path(source).exists() and not Path(source).is_dir():
+        raise RequestError(f"{source}: not a folder", hint="a single file is one part: --high-noise FILE and so on")
+    return find_checkpoint(source, flag="")
 
 
 def read_extension(flags: Flags) -> "Extension | None":
@@ -543,17 +553,21 @@ def main(argv: list[str]) -> int:
     words, debug = normalize(argv)
     _running.words, _running.member = argv, None
     if not debug:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell that put us behind it ignores it
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):  # not ignored, by a shell
         signal.signal(signal.SIGINT, stop)
     try:
+        os.getcwd()  # a folder that is gone ends libraries at odd places, oneMKL the whole process
         with never_swallowed():
             code = app(args=words, prog_name="wan22", standalone_mode=False) or 0
+            sys.stdout.flush()  # what is wrong with it shall be told, too
     except SystemExit as error:
-        if error.code in STOPPED:
-            if member := _running.member:
-                return member.fail(News("stopped", member.rank, STOPPED[error.code], (), int(error.code)))
+        if (member := _running.member) and (error.code in STOPPED or error.code == UNREAD):
+            line = STOPPED.get(error.code, "nobody reads stdout any more")
+            return member.fail(News("stopped", member.rank, line, (), int(error.code)))
+        if error.code in STOPPED and launching.WATCH not in os.environ:  # else who started this one says it
             print("; ".join([STOPPED[error.code], *notes(error)]), file=sys.stderr)
         raise
     except Exception as error:
@@ -563,9 +577,8 @@ def main(argv: list[str]) -> int:
             return tell_others(error, member)
         if debug:
             raise
-        with contextlib.suppress(RequestError):
-            if launching.team_of(os.environ).rank:
-                return explained(error)[2]  # of a command line that is wrong, which the first process says
+        if launching.follows(os.environ):
+            return explained(error)[2]  # of a command line that is wrong, which the first process says
         return explain(error)
     if _running.member:
         _running.member.leave()
@@ -597,11 +610,15 @@ def explained(error: Exception) -> tuple[str, list[str], int]:
         message, hint, code = str(error), error.hint, error.exit_code
     elif isinstance(error, UsageError):
         message, hint, code = error.format_message(), "wan22 --help", 2  # type: ignore[attr-defined]
+    elif isinstance(error, OSError) and isinstance(error.filename, str):
+        message, hint, code = f"{error.filename}: {reason(error)}", None, 2 if error.errno in NOT_ALLOWED else 1
+    elif isinstance(error, FileNotFoundError) and error.errno:  # os.getcwd alone has no name to give
+        message, hint, code = "the current folder does not exist any more", "cd to another one", 2
     elif type(error).__name__ == "OutOfMemoryError":
         message, hint, code = "out of GPU memory", "a smaller --size, fewer --frames, or --offload block", 1
     else:
         message, hint, code = f"{type(error).__name__}: {error}", "the whole story: --debug", 1
-    return " ".join(message.split()), [line for line in (hint, *notes(error)) if line], code
+    return one_line(message), [line for line in (hint, *notes(error)) if line], code
 
 
 def notes(error: BaseException) -> list[str]:
@@ -624,7 +641,8 @@ def entry(*before: str) -> NoReturn:
 def open_streams() -> None:
     """The three standard streams, whatever the program was started with. One that is closed leads nowhere: else the
     next file that is opened takes its number, and gets what a library prints. What stdout's encoding lacks is written
-    as JSON escapes it, and a file's name that is no text byte for byte."""
+    as JSON escapes it, and a file's name that is no text byte for byte. Where stderr's reader has gone, the run has not
+    failed."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -634,7 +652,40 @@ def open_streams() -> None:
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
     codecs.register_error("wan22", _as_json)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="wan22")
+        sys.stdout = Stream(sys.stdout, "wan22")
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = Stream(sys.stderr, "backslashreplace")
+
+
+class Stream(io.TextIOWrapper):
+    """stdout or stderr, from which on an error leads nowhere. Of stdout it ends the program: with UNREAD where it was a
+    pipe whose reader has gone, as any program, else by RunError."""
+
+    def __init__(self, plain: io.TextIOWrapper, errors: str) -> None:
+        super().__init__(plain.buffer, plain.encoding, errors, line_buffering=plain.line_buffering)
+        self._plain = plain  # which else would be closed, and the buffer with it
+
+    def write(self, text: str) -> int:
+        with self._leading_nowhere():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._leading_nowhere():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _leading_nowhere(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())  # also what is still to be written
+            os.close(nowhere)
+            if self.fileno() == 1:
+                if isinstance(error, BrokenPipeError):
+                    raise SystemExit(UNREAD) from None
+                raise RunError(f"stdout: could not be written: {reason(error)}") from None
 
 
 def _as_json(error: UnicodeError) -> tuple[bytes, int]:

@@ -46,7 +46,7 @@ def bench(
         typer.Option(metavar="NAME", help="diffusers, or published: their transformer on the same work. Repeatable."),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="So many blocks of random weights, instead of 40.")
+        int | None, typer.Option(metavar="N", min=1, max=1000, help="So many blocks of random weights, instead of 40.")
     ] = None,
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Forwards timed; the median counts.")] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="One forward, its parts timed in it.")] = False,
@@ -77,17 +77,21 @@ def bench(
                                         placement, layers, zeros=memory)  # fmt: skip
     measured = library.run(checkpoint, request, precision, placement, options)
     as_text = library.as_text
-    if rows and not memory:
+    if rows is not None and not memory:
         raise RequestError("--rows is for --memory")
+    if memory and (other := [name for name, asked in {"--against": against, "--quick": quick, "--decode": decoding,
+                                                      "--text": text, "--no-forward": no_forward}.items() if asked]):
+        raise RequestError(f"{other[0]} goes with no --memory, which measures memory instead")
     if memory:
         from wan22.measuring import memory_rows as bench_memory
 
-        measured = bench_memory.run(checkpoint, request, precision, placement, rows.split(",") if rows else ())
+        asked = () if rows is None else rows.split(",")
+        measured = bench_memory.run(checkpoint, request, precision, placement, asked)
         as_text = bench_memory.as_text
-        if not as_json:
-            print(bench_memory.HEAD, flush=True)
     finite = True
-    for row in measured:
+    for number, row in enumerate(measured):
+        if memory and not number and not as_json:
+            print(bench_memory.HEAD)
         print(json.dumps(row) if as_json else as_text(row), flush=True)
         finite = finite and row.get("finite", True)
     if not finite:

@@ -132,7 +132,8 @@ def _check_text(name: str, value: Any) -> None:
 
 def _check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if not numeric or (kind is int and not isinstance(value, int)) or not math.isfinite(value):
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if not numeric or not finite or (kind is int and not isinstance(value, int)):
         raise RequestError(f"{name}: {value!r} is not {'a whole number' if kind is int else 'a number'}")
     if not low <= value <= high:
         raise RequestError(f"{name}: {value} is outside {low:g} to {high:g}")
@@ -143,8 +144,10 @@ class _Settings:
 
     @classmethod
     def from_dict(cls, table: dict[str, Any], where: str = "") -> Self:
-        """A table of exactly this dataclass's names; an unknown or missing one is an error that names it. Raises
-        RequestError."""
+        """A table of exactly this dataclass's names; an unknown or missing one is an error that names it. where: the
+        file that it comes from, or what else an error is to name first. Raises RequestError."""
+        if not isinstance(table, dict):
+            raise RequestError(f"{where or cls.__name__}: {table!r} is not a table")
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name in table:
             if name not in fields:
@@ -153,7 +156,10 @@ class _Settings:
         for name, field in fields.items():
             if field.default is dataclasses.MISSING and name not in table:
                 raise RequestError(f"{where or cls.__name__}: misses {name!r}")
-        return cls(**table)
+        try:
+            return cls(**table)
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}" if where else str(error), error.hint) from None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
@@ -228,7 +234,7 @@ class Request(_Settings):
     solver: str = _SPEC.solver
     guidance_high: float = _SPEC.guidance_high
     guidance_low: float = _SPEC.guidance_low
-    boundary: float = _SPEC.boundary
+    boundary: float | None = None  # None: the checkpoint's own, where it has one, else the task's
     seed: int | None = None  # None: one is drawn, told and recorded
     noise_device: str = "cpu"
     loras: tuple[Lora, ...] = ()  # merged in this order
@@ -239,6 +245,7 @@ class Request(_Settings):
     original_prompt: str | None = None  # what was asked for, where `prompt` is an extension of it
 
     def __post_init__(self) -> None:
+        _check_text("--task", self.task)
         if self.task not in MODEL_SPECS:
             raise RequestError(f"--task {self.task}: unknown task", hint=f"known: {', '.join(MODEL_SPECS)}")
         _check_text("--prompt", self.prompt)
@@ -266,7 +273,8 @@ class Request(_Settings):
             raise RequestError(f"--solver {self.solver}: unknown solver", hint=f"known: {', '.join(SOLVERS)}")
         _check_number("--guidance", self.guidance_high, float, 0, 100)
         _check_number("--guidance-low", self.guidance_low, float, 0, 100)
-        _check_number("boundary", self.boundary, float, 0, 1)
+        if self.boundary is not None:
+            _check_number("boundary", self.boundary, float, 0, 1)
         if self.seed is not None:
             _check_number("--seed", self.seed, int, 0, 2**63 - 1)
         if self.noise_device not in ("cpu", "cuda"):
@@ -287,10 +295,12 @@ class Request(_Settings):
     @classmethod
     def from_dict(cls, table: dict[str, Any], where: str = "") -> Self:
         """As for every settings class; `loras` may be tables, as JSON and TOML have them."""
-        loras, where = table.get("loras", ()), where or cls.__name__
+        if not isinstance(table, dict):
+            return super().from_dict(table, where)  # which says so
+        loras, named = table.get("loras", ()), where or cls.__name__
         if not isinstance(loras, list | tuple) or not all(isinstance(lora, dict | Lora) for lora in loras):
-            raise RequestError(f"{where}: loras: {loras!r} is not a list of tables")
-        read = (lora if isinstance(lora, Lora) else Lora.from_dict(lora, f"{where}: loras") for lora in loras)
+            raise RequestError(f"{named}: loras: {loras!r} is not a list of tables")
+        read = (lora if isinstance(lora, Lora) else Lora.from_dict(lora, f"{named}: loras") for lora in loras)
         return super().from_dict({**table, "loras": tuple(read)}, where)
 
     @property
@@ -303,6 +313,11 @@ class Request(_Settings):
         spec = self.spec
         frames = (self.num_frames - 1) // spec.temporal_stride + 1
         return spec.latent_channels, frames, self.height // spec.spatial_stride, self.width // spec.spatial_stride
+
+    def with_boundary(self, own: float | None = None) -> Self:
+        """Its boundary made definite: the one asked for, else a checkpoint's `own`, else the task's."""
+        known = (boundary for boundary in (self.boundary, own, self.spec.boundary) if boundary is not None)
+        return dataclasses.replace(self, boundary=next(known))
 
     @property
     def guided(self) -> bool:
@@ -392,7 +407,7 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 def parse_bytes(flag: str, text: str) -> int:
     """`24GiB`, `24GB`, `24G` (as GiB: what cards are sold by), `25000MiB`, plain bytes → bytes. Raises RequestError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt])(i?b)?|b)?\s*", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise RequestError(f"{flag} {text}: not an amount of memory", hint="say 24GiB, 24GB or 25000MiB")
     base = 1000 if (match[3] or "").lower() == "b" else 1024

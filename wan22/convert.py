@@ -10,6 +10,7 @@ under a temporary name. The folder is staged beside its target with a note of wh
 from there, and the target appears when it is whole.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -193,19 +194,12 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: str = "bf16", progress:
     plan = plan_conversion(checkpoint, dtype)
     staged = target.with_name(f".{target.name}.partial")
     note = json.dumps({"source": checkpoint.identity(), "dtype": dtype, "version": VERSION}).encode()
-    lock = filelock.FileLock(target.with_name(f".{target.name}.lock"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with lock.acquire(timeout=0):
+        with _alone(target), _kept_if_worth(staged, plan.shards):
             _stage(staged, note)
             left = [shard for shard in plan.shards if not _is_finished(staged / shard.path, shard)]
-            try:
-                _check_room(target, sum(shard.nbytes for shard in left) + sum(map(len, plan.files.values())))
-            except DoesNotFit:
-                if len(left) == len(plan.shards):  # nothing to go on from
-                    shutil.rmtree(staged)
-                    Path(lock.lock_file).unlink()
-                raise
+            _check_room(target, sum(shard.nbytes for shard in left) + sum(map(len, plan.files.values())))
             with tqdm(total=sum(shard.nbytes for shard in left), desc="convert", unit="B", unit_scale=True,
                       disable=not progress, file=sys.stderr) as bar:  # fmt: skip
                 for shard in left:
@@ -219,7 +213,6 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: str = "bf16", progress:
                 target.rmdir()
             staged.rename(target)
             (target / STATE).unlink()
-            Path(lock.lock_file).unlink()
     except filelock.Timeout:
         raise RequestError(f"{target}: is being written by another conversion") from None
     except OSError as error:
@@ -229,6 +222,29 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: str = "bf16", progress:
         kind = DoesNotFit if error.errno in DISK_FULL else RunError
         raise kind(said, hint="finished shards are kept: the same command goes on from there") from None
     return target
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """The one process that writes `target`. Raises filelock.Timeout for another."""
+    lock = filelock.FileLock(target.with_name(f".{target.name}.lock"))
+    with lock.acquire(timeout=0):
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _kept_if_worth(staged: Path, shards: list[Shard]) -> Iterator[None]:
+    """After an error in here, what is staged stays where some shard of it is finished, to go on from."""
+    try:
+        yield
+    except BaseException:
+        ours = (staged / STATE).is_file()
+        if ours and not any(_is_finished(staged / shard.path, shard) for shard in shards):
+            shutil.rmtree(staged, ignore_errors=True)
+        raise
 
 
 def _stage(staged: Path, note: bytes) -> None:

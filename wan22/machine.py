@@ -25,8 +25,10 @@ class Room:
 
 # --- the disk --------------------------------------------------------------------------------------------------------
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/wan22`, or `~/.cache/wan22`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "wan22"
+    """`$XDG_CACHE_HOME/wan22`, or `~/.cache/wan22`; a relative one is to be ignored, says the XDG specification. Whose
+    home is not known gets a folder that cannot be made."""
+    asked = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(asked if os.path.isabs(asked) else os.path.join("/", os.path.expanduser("~"), ".cache")) / "wan22"
 
 
 # --- the host --------------------------------------------------------------------------------------------------------

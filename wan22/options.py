@@ -7,7 +7,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,11 @@ class Base:
 
 
 def read_base(flags: Flags) -> Base:
-    """What `--preset` or `--from` bring. Raises RequestError."""
+    """What `--preset` or `--from` bring. Raises RequestError, also for any flag whose value is empty, as that of a
+    shell's variable which is not set."""
+    for name, value in flags.items():
+        if value == "" and "prompt" not in name:
+            raise RequestError(f"--{'from' if name == 'from_file' else name.replace('_', '-')}: its value is empty")
     from_file = flags.get("from_file")
     if from_file and flags["preset"]:
         raise RequestError("--from and --preset both bring settings", hint="give one of them")
@@ -77,7 +81,7 @@ def read_base(flags: Flags) -> Base:
 
 def read_request(flags: Flags, base: Base) -> dict[str, Any]:
     """A request's settings: the flags over the base. A prompt may be missing. Raises RequestError."""
-    width, height = parse_size(flags["size"]) if flags["size"] else (None, None)
+    width, height = parse_size(flags["size"]) if flags["size"] is not None else (None, None)
     guidance_low = flags["guidance"] if flags["guidance_low"] is None else flags["guidance_low"]
     asked = {
         "width": width, "height": height, "num_frames": flags["frames"], "num_steps": flags["steps"],
@@ -163,9 +167,7 @@ def make_request(settings: Mapping[str, Any], checkpoint: Checkpoint | None = No
     if "prompt" not in settings:
         raise RequestError("--prompt is missing", hint='say what to show: --prompt "a red ball rolls over a table"')
     request = Request.from_dict(dict(settings))
-    if checkpoint and checkpoint.boundary is not None and "boundary" not in settings:
-        request = replace(request, boundary=checkpoint.boundary)
-    return request
+    return request.with_boundary(checkpoint.boundary) if checkpoint else request
 
 
 def read_any_record(file: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from wan22.model import ContextKV, WanTransformer
 from wan22.several.launch import Team, connect, rendezvous
 from wan22.several.mesh import Mesh, Shares, shares
 from wan22.several.watch import Member, Watchman, count_processor_time, first_time, tick
+from wan22.signals import ending_at_once
 
 PATIENCE = timedelta(minutes=30)  # for one message; who does not answer is found out by watch.py, and sooner
 OVERLAPPED = {"cuda": 2, "cpu": 1}  # parts of a rank's heads: one is attended to while the next one's are on their way
@@ -366,7 +367,8 @@ def meet(team: Team) -> Member:
     if on_gpu:  # SLURM may show each process its own card alone
         torch.cuda.set_device(team.local_rank % torch.cuda.device_count())
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        with ending_at_once(tell=member is None and team.rank == 0):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     except (dist.DistError, RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RunError(f"rank {team.rank} of {team.world} did not find the others at {where}: "
@@ -376,7 +378,8 @@ def meet(team: Team) -> Member:
         if team.rank == 0:
             watchman = Watchman(team.world)
             box = [(os.environ["MASTER_ADDR"], watchman.port, watchman.token)]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        with ending_at_once(tell=team.rank == 0):
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         host, port, token = box[0]
         member = Member(team.rank, (host if team.rank else "127.0.0.1", port), token)
     return member

@@ -142,9 +142,8 @@ class Pipeline:
     def request(self, prompt: str, **settings: Any) -> Request:
         """A request whose defaults are this model's own: the published recipe, or the demo's small videos."""
         defaults = load_preset("demo").request if self.is_demo else {}
-        if self.checkpoint.boundary is not None:
-            defaults = {"boundary": self.checkpoint.boundary, **defaults}
-        return Request.from_dict({"prompt": prompt, **defaults, **settings})
+        request = Request.from_dict({"prompt": prompt, **defaults, **settings})
+        return request.with_boundary(self.checkpoint.boundary)
 
     def generate(self, request: Request, reporter: Reporter | None = None) -> Result:
         """Make the video in memory. Raises RequestError, RunError."""
@@ -223,6 +222,7 @@ class Pipeline:
         if request.noise_device == "cuda" and not torch.cuda.is_available():
             raise RequestError("--noise-device cuda: there is no GPU here")
         self.choose_attention(request)
+        request = request.with_boundary(self.checkpoint.boundary)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         return replace(request, seed=seed, loras=self.adapters.resolve(request.loras))
 
@@ -424,9 +424,8 @@ class Pipeline:
         if saved.record.get("checkpoint") != self.identity:
             raise RequestError(f"{file}: was made with another checkpoint than {self.checkpoint.folder}",
                                hint="name the one it was made with: --ckpt_dir FOLDER")  # fmt: skip
+        Encoding.from_dict(saved.record.get("encoding", {}), str(file))
         request, latents = Request.from_dict(saved.record["request"], str(file)), saved.progress().latents
-        if tuple(latents.shape) != request.latent_shape:
-            raise RequestError(f"{file}: its latents are {list(latents.shape)}, not what its record says")
         stem = re.sub(r"\.(latents|state)\.safetensors$", "", file.name)
         with reporter.phase("decode and write"):
             policy: IfExists = "replace" if overwrite else "error" if output else "number"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from wan22.checkpoint import Checkpoint
-from wan22.config import Request, RequestError
+from wan22.config import DEFAULT_TASK, MODEL_SPECS, Request, RequestError
 from wan22.machine import cache_folder
 from wan22.output.names import PREVIEW, beside, staging_prefix
 from wan22.vae import VideoVAE
@@ -125,10 +125,11 @@ def animate(frames: np.ndarray, duration: int) -> bytes:
 def kept_map(checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
     """The map of a checkpoint's VAE: weights [3, C], bias [3]. Fitted once, then read. Raises RequestError, OSError."""
     path = cache_folder() / f"preview-{checkpoint.vae_identity()[:32]}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         kept = json.loads(path.read_text(encoding="utf-8"))
         weights, bias = torch.tensor(kept["weights"]), torch.tensor(kept["bias"])
-        if kept["format"] == FORMAT and weights.shape == (3, len(weights[0])) and bias.shape == (3,):
+        shaped = weights.shape == (3, MODEL_SPECS[DEFAULT_TASK].latent_channels) and bias.shape == (3,)
+        if kept["format"] == FORMAT and shaped and weights.isfinite().all() and bias.isfinite().all():
             return weights, bias
     weights, bias = fit_map(VideoVAE(checkpoint, torch.device("cpu")).encode)
     with contextlib.suppress(OSError):  # made again next time

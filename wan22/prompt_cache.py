@@ -14,6 +14,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from wan22.machine import cache_folder
 
 VARIABLE = "WAN22_PROMPT_CACHE"  # a folder, or `off`
 MOST_BYTES = 256 << 20  # in the folder: some 300 prompts of usual length
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ class PromptCache:
         try:
             head, _, body = path.read_bytes().partition(b"\n")
             told = json.loads(head)
-            if hashlib.sha256(body).hexdigest() != told["sha256"]:
+            if told.pop("sha256") != _checksum(told, body):
                 return None
             context = torch.frombuffer(bytearray(body), dtype=self._dtype).view(told["shape"])
             cut = bool(told["cut"])
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # the one that was used last goes last
@@ -78,7 +79,8 @@ class PromptCache:
         """Keep it, whole or not at all."""
         context = encoded.context.contiguous()
         body = context.view(torch.uint8).numpy().tobytes()
-        told = {"shape": list(context.shape), "cut": encoded.cut, "sha256": hashlib.sha256(body).hexdigest()}
+        told = {"shape": list(context.shape), "cut": encoded.cut}
+        told["sha256"] = _checksum(told, body)
         path = self._path(prompt)
         beside = path.with_suffix(f".{os.getpid()}.part")
         try:
@@ -110,6 +112,10 @@ def cache_for(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) 
     """The cache, where there is to be one; random weights, which lie in no file, have none."""
     folder = default_folder()
     return PromptCache(folder, checkpoint, dtype, device) if folder and checkpoint.text_encoder.files else None
+
+
+def _checksum(told: dict[str, Any], body: bytes) -> str:
+    return hashlib.sha256(json.dumps(told).encode() + body).hexdigest()
 
 
 def _device_name(device: torch.device) -> str:

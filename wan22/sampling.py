@@ -101,7 +101,8 @@ def plan_steps(request: Request) -> list[Step]:
     """Which expert works at which timestep: the high-noise one where the shifted timestep is at the boundary or above.
     Raises RequestError where lead steps would not be the high-noise expert's."""
     high, low = request.spec.experts
-    boundary = request.boundary * request.spec.num_train_timesteps
+    boundary = request.spec.boundary if request.boundary is None else request.boundary
+    boundary *= request.spec.num_train_timesteps
     steps = [
         Step(index, float(t), *((high, request.guidance_high) if t >= boundary else (low, request.guidance_low)),
              request.loras)

@@ -2,11 +2,15 @@
 
 import contextlib
 import os
+import signal
+import socket
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 STOPPED = {130: "interrupted", 143: "terminated"}
+UNREAD = 141  # SIGPIPE: nobody reads stdout any more
 AGAIN = 0.02  # seconds, in which the code that swallowed a signal comes to its end
 
 
@@ -33,3 +37,26 @@ def never_swallowed() -> Any:
         yield
     finally:
         sys.unraisablehook = before
+
+
+@contextlib.contextmanager
+def ending_at_once(tell: bool) -> Iterator[None]:
+    """In here, where nothing is to be kept yet, a signal ends the process although its main thread waits in a library
+    that never comes back to Python, and so to `stop`. tell: in a line on stderr."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)  # Python's C code writes numbers there
+
+    def listen() -> None:
+        for (number,) in iter(lambda: ours.recv(1), b""):
+            if signal.getsignal(number) is stop:
+                if tell:
+                    print(STOPPED[128 + number], file=sys.stderr, flush=True)
+                os._exit(128 + number)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        theirs.close()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from wan22.config import RequestError
+from wan22.config import Request, RequestError
 from wan22.files.tensor_files import read_header
 from wan22.many import claim
 from wan22.output.names import (
@@ -86,7 +86,7 @@ class Saved:
     computed: list[int]  # the numbers of the steps whose latents are there too
 
     def progress(self) -> Progress:
-        """Its tensors, on the CPU. Raises RequestError."""
+        """Its tensors, on the CPU. Raises RequestError, also for latents that no run has made."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -94,6 +94,12 @@ class Saved:
             tensors = {name: tensor.clone() for name, tensor in load_file(self.path).items()}  # not the file's memory
         except (OSError, SafetensorError) as error:
             raise RequestError(f"{self.path}: cannot be read: {error}", hint=OVERWRITE) from None
+
+        latents = tensors["latents"]
+        if tuple(latents.shape) != Request.from_dict(self.record["request"], str(self.path)).latent_shape:
+            raise RequestError(f"{self.path}: its latents are {list(latents.shape)}, not what its record says")
+        if str(latents.dtype) != "torch.float32" or not latents.isfinite().all():
+            raise RequestError(f"{self.path}: its latents are not finite numbers")
 
         def fill(value: Any) -> Any:
             return tensors[value] if isinstance(value, str) else value
@@ -103,7 +109,7 @@ class Saved:
             for name, value in self.solver.items()
         }
         computed = tuple((index, tensors[COMPUTED.format(place)]) for place, index in enumerate(self.computed))
-        return Progress(self.done, tensors["latents"], solver, computed)
+        return Progress(self.done, latents, solver, computed)
 
 
 def read_state(path: Path) -> Saved:
@@ -117,7 +123,8 @@ def read_state(path: Path) -> Saved:
         named = {item for value in saved.solver.values() for item in (value if isinstance(value, list) else [value])}
         latents = {"latents", *(COMPUTED.format(place) for place in range(len(saved.computed)))}
         whole = {item for item in named if isinstance(item, str)} | latents == set(entries)
-        if not isinstance(saved.record["request"], dict) or not whole:
+        tables = [saved.record["request"], *(saved.record.get(name, {}) for name in ("precision", "versions"))]
+        if not all(isinstance(table, dict) for table in tables) or not whole or not 0 <= saved.done <= saved.steps:
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise RequestError(f"{path}: not the state of a run of wan22", hint=OVERWRITE) from None
@@ -160,7 +167,7 @@ def is_finished(output: Path) -> bool:
     """Whether an output that has a state beside it is nevertheless whole: the kill came just before the state went."""
     try:
         return exists(state_path(output)) and read_record(output) == read_state(state_path(output)).record
-    except (RequestError, OSError):
+    except (RequestError, OSError, ValueError):  # ValueError: a path without a name, as `.`
         return False
 
 

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
-    "IfExists", "VideoWriter", "check_sidecar", "check_writable", "is_mp4", "iter_frames", "open_output", "read_frames",
-    "read_record", "write_sidecar",
+    "IfExists", "VideoWriter", "check_folder", "check_sidecar", "check_writable", "is_mp4", "iter_frames",
+    "open_output", "read_frames", "read_record", "write_sidecar",
 ]  # fmt: skip
 
 IfExists = Literal["error", "number", "replace"]  # a target that exists: refuse, take the next free number, replace it
@@ -117,8 +117,26 @@ def check_writable(
 ) -> None:
     """RequestError, before any work is done, where `open_output` could not write. Leaves nothing behind."""
     target, kind = Path(path), _kind(path)
+    check_folder(target)
+    taken = exists(target) and not (kind is _FolderWriter and is_empty_folder(target))
+    if taken and not (target.is_file() or target.is_dir() or target.is_symlink()):  # of which a video takes the name
+        raise RequestError(f"cannot write {target}: it is a device or a pipe, not a file", hint="name a file")
+    if taken and if_exists == "error":
+        raise RequestError(f"cannot write {target}: it exists already", hint=_overwrite_hint(target))
+    if taken and if_exists == "replace" and kind is _FolderWriter:
+        _check_ours(target)
+    if kind is _Mp4Writer:
+        _check_codec(_ffmpeg(), encoding.codec)
+
+
+def check_folder(target: Path) -> None:
+    """RequestError where no file of that name could be made; leaves nothing behind."""
+    if not target.name:
+        raise RequestError(f"cannot write {target}: it is no name", hint="name a file, or a new folder")
     try:
-        taken = exists(target) and not (kind is _FolderWriter and is_empty_folder(target))
+        exists(target)
+        if target.is_dir():
+            next(target.iterdir(), None)
         folder = target.absolute().parent
         while not exists(folder) and folder != folder.parent:  # a Windows drive may not exist
             folder = folder.parent
@@ -128,12 +146,6 @@ def check_writable(
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         reason = error.strerror if isinstance(error, OSError) else error
         raise RequestError(f"cannot write {target}: {reason}") from None
-    if taken and if_exists == "error":
-        raise RequestError(f"cannot write {target}: it exists already", hint=_overwrite_hint(target))
-    if taken and if_exists == "replace" and kind is _FolderWriter:
-        _check_ours(target)
-    if kind is _Mp4Writer:
-        _check_codec(_ffmpeg(), encoding.codec)
 
 
 def check_sidecar(path: str | Path, *, if_exists: IfExists) -> None:
@@ -497,7 +509,10 @@ def read_frames(path: str | Path) -> tuple[np.ndarray, float]:
         if kind == "mp4":
             about, chunks = _open_mp4(path)
             width, height = about["size"]
-            return np.frombuffer(bytearray().join(chunks), np.uint8).reshape(-1, height, width, 3), about["fps"]
+            frames = np.frombuffer(bytearray().join(chunks), np.uint8).reshape(-1, height, width, 3)
+            if not len(frames):
+                raise ValueError("not a frame of it can be decoded")
+            return frames, about["fps"]
         fps = read_document(path)["fps"] if kind == "folder" else _gif_rate(path)
         return np.stack(list(_FRAMES[kind](path))), fps
 

@@ -1,11 +1,14 @@
 """A process that dies, hangs or fails: all stop, its error is told once, and the same command goes on."""
 
+import contextlib
 import functools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -20,6 +23,7 @@ from wan22.experts import Experts
 from wan22.model import Block
 from wan22.several import launch, watch
 from wan22.several.watch import Member, News, Watchman
+from wan22.signals import STOPPED
 from wan22.vae import VideoVAE
 from wan22.video import VideoWriter
 
@@ -284,3 +288,35 @@ def test_a_good_bye_is_no_death():
     assert watchman.verdict is None
     watchman.hear(News("died", 0, "the end of this test"))
     assert watchman.ended.wait(5)
+
+
+# --- told to end -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_rank_that_waits_for_the_others_can_be_ended(number, tmp_path):
+    """Its main thread is in a library's call that comes back after 30 minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}  # fmt: skip
+    with subprocess.Popen([sys.executable, "-m", "wan22", *TYPED], env=environment, cwd=tmp_path, text=True,
+                          stderr=subprocess.PIPE) as waiting:  # fmt: skip
+        for _ in range(600):  # until it listens for the others
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        start = time.monotonic()
+        waiting.send_signal(number)
+        said = waiting.communicate(timeout=20)[1]
+    assert (waiting.returncode, said) == (128 + number, f"{STOPPED[128 + number]}\n")
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seconds", [0.1, 1.0])  # while processes are started, while they import
+def test_processes_that_are_only_starting_end_too(number, seconds, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
+    timer.start()
+    assert launch.launch(TYPED, 2) == 128 + number
+    assert capfd.readouterr().err == f"{STOPPED[128 + number]}\n"
+    assert list(tmp_path.iterdir()) == []

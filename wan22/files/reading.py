@@ -112,7 +112,10 @@ def read_entries(jobs: Sequence[Job]) -> None:
     left, lock, stop = iter(zip_longest(pieces, pieces[AHEAD:])), threading.Lock(), threading.Event()
 
     def work(lane: _Lane) -> None:
-        with contextlib.closing(lane):
+        import torch
+
+        # Of each thread its own, and where the caller is in it, its targets can be filled in no other.
+        with torch.inference_mode(), contextlib.closing(lane):
             while not stop.is_set():
                 with lock:
                     piece, later = next(left, (None, None))

@@ -110,7 +110,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], bytes]:
             if (item_bytes := ITEM_BYTES.get(item["dtype"])) is None:
                 raise ValueError(f"tensor {name} is of a type that is not known here, {item['dtype']!r}")
             entry = Entry(path, item["dtype"], tuple(item["shape"]), 8 + length + start, stop - start, (1, item_bytes))
-            if entry.nbytes != math.prod(entry.shape) * item_bytes or start < 0:
+            counts = all(type(n) is int and n >= 0 for n in entry.shape)
+            if not counts or entry.nbytes != math.prod(entry.shape) * item_bytes or start < 0:
                 raise ValueError(f"tensor {name} has {entry.nbytes} bytes for {entry.dtype} {list(entry.shape)}")
             entries[name], end = entry, max(end, stop)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

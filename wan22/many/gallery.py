@@ -4,6 +4,7 @@
 and files from anywhere, so that all text is escaped.
 """
 
+import contextlib
 import html
 import os
 import secrets
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from wan22.config import Request, RequestError, RunError
+from wan22.config import Request, RequestError
 from wan22.many import journal
-from wan22.output.names import exists
+from wan22.output.names import not_written, staging_prefix
 from wan22.output.record import read_record
-from wan22.video import read_frames
+from wan22.video import check_folder, check_writable, read_frames
 
 PAGE = "index.html"
 SHOWN = {".mp4": "video", ".gif": "img", ".png": "img"}
@@ -56,13 +57,16 @@ def write_gallery(folder: Path) -> Path:
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder")
     page = folder / PAGE
+    check_folder(page)
     partial = folder / f".{PAGE}.{secrets.token_hex(4)}"
+    text = _page(folder.resolve().name, list(_cards(folder)))
     try:
-        partial.write_text(_page(folder.resolve().name, list(_cards(folder))), encoding="utf-8", errors="replace")
+        partial.write_text(text, encoding="utf-8", errors="replace")
         os.replace(partial, page)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RunError(f"{page}: cannot be written: {error.strerror or error}") from None
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise not_written(page, error) from None
     return page
 
 
@@ -168,22 +172,23 @@ def write_sheet(files: list[Path], output: Path, overwrite: bool = False) -> Pat
 
     if output.suffix.lower() != ".png":
         raise RequestError(f"{output}: a sheet is a .png")
-    if exists(output) and not overwrite:
-        raise RequestError(f"cannot write {output}: it exists already", hint="--overwrite replaces it")
+    check_writable(output, if_exists="replace" if overwrite else "error")
     cards = []
     for file in files:
         frames, _ = read_frames(file)
         try:
-            request = read_record(file).get("request", {})
+            request = read_record(file)["request"]
             caption = f"{request.get('prompt', file.name)}\nseed {request.get('seed')} · {file.name}"
-        except RequestError:
+        except (RequestError, KeyError, AttributeError):  # a record that somebody edited
             caption = file.name
         cards.append((frames, caption))
-    partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+    partial = output.with_name(f"{staging_prefix(output)}{secrets.token_hex(4)}")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(cards).save(partial, format="png")
         os.replace(partial, output)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RunError(f"{output}: cannot be written: {error.strerror or error}") from None
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise not_written(output, error) from None
     return output

@@ -205,7 +205,7 @@ def _from_csv(source: Path, data: bytes, parse: Parse) -> Iterator[_Entry | Bad]
             yield _from_table(f"row {number}", {k: v for k, v in zip(rows[0], row, strict=False) if v}, parse)
 
 
-_FIELDS = {field.name: field.type for field in dataclasses.fields(Request)}
+_FIELDS = {field.name: field.type for field in dataclasses.fields(Request)} | {"boundary": float}
 
 
 def _from_table(where: str, table: dict[str, Any], parse: Parse) -> _Entry | Bad:

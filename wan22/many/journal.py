@@ -52,8 +52,10 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
                 event = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
-                yield event
+            if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+                continue
+            if all(isinstance(event.get(key) or 0, int | float) for key in ("time", "seconds")):  # it can be edited
+                yield {**event, "time": event.get("time") or 0}
 
 
 def status(folder: Path) -> dict[str, Any]:

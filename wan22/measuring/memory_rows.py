@@ -54,10 +54,14 @@ class Wanted:
         """`720p:block`, `480p:block:8GiB`, `64x64:none`. Raises RequestError."""
         size, _, rest = text.partition(":")
         offload, _, limit = rest.partition(":")
-        parse_size(size)
-        if offload not in OFFLOADS or not re.fullmatch(r"[^:]*", limit):
+        if not size or offload not in OFFLOADS or not re.fullmatch(r"[^:]*", limit):
             raise RequestError(f"--rows {text}: not SIZE:OFFLOAD[:LIMIT]", hint="say 720p:block:16GiB")
         return cls(size, offload, parse_bytes("--rows", limit) if limit else None)
+
+    def of(self, request: Request) -> Request:
+        """The request of this row. Raises RequestError for a size that cannot be."""
+        width, height = parse_size(self.size)
+        return replace(request, width=width, height=height, num_steps=STEPS, shift=SHIFT)
 
 
 class Heard(Reporter):
@@ -76,9 +80,7 @@ def run(
 ) -> Iterator[Row]:
     """One row after the other; what does not fit here is said. Raises RequestError."""
     wanted = [Wanted.parse(text) for text in rows or DEFAULT_ROWS]
-    for one in wanted:
-        width, height = parse_size(one.size)
-        asked = replace(request, width=width, height=height, num_steps=STEPS, shift=SHIFT)
+    for one, asked in [(one, one.of(request)) for one in wanted]:  # all of them are right, before one is measured
         where = replace(placement, offload=one.offload, gpu_memory_limit=one.limit)
         row: Row = {"kind": "memory", "size": one.size, "offload": one.offload, "limit": one.limit}
         try:

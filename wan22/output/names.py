@@ -24,6 +24,13 @@ _RESERVED = re.compile(r"con|prn|aux|nul|conin|conout|clock|com[0-9¹²³]|lpt[0
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # what an OSError says of it
 
 
+# What an OSError says of a file that was wrong to ask for, as against one that failed.
+NOT_ALLOWED = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
+
+
 def reason(error: OSError) -> str:
     """Why a file could not be written, in words."""
     return "the disk is full" if error.errno in DISK_FULL else error.strerror or str(error)

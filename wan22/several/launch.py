@@ -20,7 +20,8 @@ from typing import IO, Any
 
 from wan22.config import EIGHT_BIT, Placement, Precision, RequestError
 from wan22.several.mesh import first_host
-from wan22.several.watch import RESCUE, Member, News, Watchman
+from wan22.several.watch import RESCUE, Member, News, Watchman, announce
+from wan22.signals import STOPPED
 
 HERE = str(Path(__file__).resolve().parent.parent)  # where this package is, installed or not
 WATCH = "WAN22_WATCH"  # address and token of the watchman, for processes that `--gpus` started
@@ -59,6 +60,14 @@ def team_of(environment: Mapping[str, str]) -> Team:
                                f"{names[3]}={local_world}, which cannot be")  # fmt: skip
         return Team(rank, world, local_rank, local_world)
     return Team()
+
+
+def follows(environment: Mapping[str, str]) -> bool:
+    """Whether another process is the first of this one's team, and speaks for all."""
+    try:
+        return team_of(environment).rank > 0
+    except RequestError:  # nobody is known to
+        return False
 
 
 def refuse_lonely(
@@ -108,7 +117,11 @@ def rendezvous(environment: Mapping[str, str], team: Team) -> dict[str, str]:
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
         told["MASTER_ADDR"] = first_host(nodes)
     if "MASTER_PORT" not in told:
-        job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        try:
+            job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        except ValueError:
+            said = "the environment says no MASTER_PORT, and SLURM_JOB_ID or SLURM_STEP_ID is no number to make it of"
+            raise RequestError(said, hint="set MASTER_PORT, the same for all") from None
         told["MASTER_PORT"] = str(20000 + (job * 16 + step % 16) % 40000)
     return {**told, "RANK": str(team.rank), "WORLD_SIZE": str(team.world), "LOCAL_RANK": str(team.local_rank)}
 
@@ -117,14 +130,25 @@ def connect(environment: Mapping[str, str], team: Team) -> Member | None:
     """The thread that ends this process with the others, where `--gpus` started it."""
     if WATCH not in environment:
         return None
-    host, port, token = environment[WATCH].split(" ")
-    return Member(team.rank, (host, int(port)), token)
+    try:
+        host, port, token = environment[WATCH].split(" ")
+        return Member(team.rank, (host, int(port)), token)
+    except (OSError, ValueError):
+        said = f"the environment says {WATCH}={environment[WATCH]}: nobody listens there"
+        raise RequestError(said, hint=f"unset {WATCH}: --gpus sets it, for what it starts") from None
 
 
 def launch(argv: Sequence[str], count: int) -> int:
     """`wan22 ARGV` in `count` processes on this machine; the exit code. The first one's output is this one's; of the
     others, only what ends the run is told, once."""
-    watchman = Watchman(count, "127.0.0.1")
+    asked: list[int] = []  # signals that came to this process
+
+    def told_to(news: News) -> News:
+        """After a signal, however a process ends of it is what was asked for."""
+        ended = asked and news.kind in ("stopped", "died", "lost", "cut off")
+        return News("stopped", news.rank, STOPPED[128 + asked[0]], (), 128 + asked[0]) if ended else news
+
+    watchman = Watchman(count, "127.0.0.1", lambda news: announce(told_to(news)))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
@@ -136,13 +160,15 @@ def launch(argv: Sequence[str], count: int) -> int:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
         children: list[Popen[bytes]] = []
         stack.callback(_kill, children)
-        stack.enter_context(_forwarding(children))
+        stack.enter_context(_forwarding(children, asked))
         for rank in range(count):
             quiet: dict[str, Any] = {} if rank == 0 else {"stdout": DEVNULL, "stderr": said[rank]}
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of their own: Ctrl-C comes to this process alone, which passes it on.
             children.append(Popen([sys.executable, "-m", "wan22", *argv], env=environment,
                                              stdin=DEVNULL, start_new_session=True, **quiet))  # fmt: skip
+        if asked:  # while not all of them were there
+            _terminate(children)
         told: set[int] = set()
         while not watchman.ended.wait(0.1):
             codes = [child.poll() for child in children]
@@ -156,7 +182,7 @@ def launch(argv: Sequence[str], count: int) -> int:
         # The first one keeps the run's state, which takes a moment.
         _await(children, RESCUE + 2)
         _kill(children)
-        return watchman.verdict.code
+        return told_to(watchman.verdict).code
 
 
 def _death(rank: int, code: int, said: IO[bytes]) -> News:
@@ -176,11 +202,10 @@ def signal_name(number: int) -> str:
 
 
 @contextlib.contextmanager
-def _forwarding(children: "list[Popen[bytes]]") -> Any:
+def _forwarding(children: "list[Popen[bytes]]", asked: list[int]) -> Any:
     def forward(number: int, frame: FrameType | None) -> None:
-        for child in children:
-            with contextlib.suppress(OSError):
-                child.send_signal(number)
+        asked.append(number)
+        _terminate(children)
 
     before: dict[int, Callable[..., Any] | int | None] = {
         number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
@@ -190,6 +215,13 @@ def _forwarding(children: "list[Popen[bytes]]") -> Any:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _terminate(children: "list[Popen[bytes]]") -> None:
+    """By the signal that also a Python that is only just starting takes without a word."""
+    for child in children:
+        with contextlib.suppress(OSError):
+            child.terminate()
 
 
 def _await(children: "Sequence[Popen[bytes]]", seconds: float) -> None:
