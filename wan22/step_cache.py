@@ -22,7 +22,8 @@ from torch import Tensor
 
 from wan22.model import ContextKV, WanTransformer
 
-FIRST_STEPS, LAST_STEPS = 2, 1  # of each expert, always computed
+# Of each expert, always computed. Its change from the first to the second leads astray (docs/speed.md).
+FIRST_STEPS, LAST_STEPS = 3, 1
 MOST_SKIPPED = 2  # in a row: a straight line leads no further (docs/speed.md)
 COMPARED_TOKENS = 4096  # of the first block's contribution, evenly spread: comparing all would tell the same
 

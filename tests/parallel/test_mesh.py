@@ -184,7 +184,7 @@ def test_a_step_cache_is_shared_out():
     plans = [make_plan(request, one, Placement(), sizes, room, room, shares=Shares(4, 2, 1, 1, 4))
              for one in (precision, Precision("bf16"))]  # fmt: skip
     peaks = [plan.options[1].peak("denoise") for plan in plans]
-    assert peaks[0] - peaks[1] == numbers // 2 * (2 + 4)
+    assert peaks[0] - peaks[1] == numbers // 2 * (2 * 2 + 4)
 
 
 def test_8_bits_are_not_sharded_where_they_do_not_fit():
