@@ -123,7 +123,7 @@ def test_a_sheet_of_what_cannot_be_decoded(folder, tmp_path, capsys):
     output = tmp_path / f"{'n' * 251}.png"
     assert cli.main(["sheet", str(folder / "b.gif"), str(file), "--output", str(output)]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and file.name in err and "decoded" in err, err
+    assert err.splitlines() == [f"error: {file}: cannot be read as a video: not a frame of it can be decoded"]
     assert cli.main(["sheet", str(folder / "b.gif"), "--output", str(output)]) == 0
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [output.name]
 
