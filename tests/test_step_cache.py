@@ -194,7 +194,7 @@ def test_going_on_from_any_step_is_bit_identical(tiny, tmp_path, fractions):
     kept = []
     whole, cache = run(pipe(tiny, 0.65), keep=kept.append)
     assert 2 < cache.skipped < 12
-    record = {"request": {"seed": 1}, "precision": {}, "versions": {}, "checkpoint": "x"}
+    record = {"request": LONG | {"seed": 1}, "precision": {}, "versions": {}, "checkpoint": "x"}
     for done in fractions:
         output = tmp_path / f"{done}.mp4"
         state: RunState = begin_given(output, record, any_seed=False, overwrite=False, steps=14, save_every=1e6)

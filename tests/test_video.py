@@ -365,7 +365,7 @@ def test_check_writable(tmp_path, monkeypatch) -> None:
         "x.mp4/": "unknown suffix .mp4",
         "x" * 252 + ".mp4": "File name too long",
         "nu\0ll.mp4": "null",
-        ".": "it exists already",
+        ".": "it is no name",
     }
     monkeypatch.chdir(tmp_path)
     for name, reason in cases.items():

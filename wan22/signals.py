@@ -42,7 +42,11 @@ def never_swallowed() -> Any:
 @contextlib.contextmanager
 def ending_at_once(tell: bool) -> Iterator[None]:
     """In here, where nothing is to be kept yet, a signal ends the process although its main thread waits in a library
-    that never comes back to Python, and so to `stop`. tell: in a line on stderr."""
+    that never comes back to Python, and so to `stop`. tell: in a line on stderr. In another thread than the main one,
+    to which signals come, nothing is different."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)  # Python's C code writes numbers there

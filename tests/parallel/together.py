@@ -116,4 +116,5 @@ class ForkedPopen:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    terminate = functools.partialmethod(send_signal, signal.SIGTERM)
     kill = functools.partialmethod(send_signal, signal.SIGKILL)

@@ -165,8 +165,8 @@ def launch(argv: Sequence[str], count: int) -> int:
             quiet: dict[str, Any] = {} if rank == 0 else {"stdout": DEVNULL, "stderr": said[rank]}
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of their own: Ctrl-C comes to this process alone, which passes it on.
-            children.append(Popen([sys.executable, "-m", "wan22", *argv], env=environment,
-                                             stdin=DEVNULL, start_new_session=True, **quiet))  # fmt: skip
+            children.append(Popen([sys.executable, "-m", "wan22", *argv], env=environment, stdin=DEVNULL,
+                                  start_new_session=True, **quiet))  # fmt: skip
         if asked:  # while not all of them were there
             _terminate(children)
         told: set[int] = set()
