@@ -38,7 +38,7 @@ FLOORS = [
     {"kernels"},
     {"hub"},
     {"target"},
-    {"journal"},
+    {"journal", "streams"},
     {"names", "report", "verify", "claim"},
     {"memory", "capability"},
     {"machine", "vae_sizes", "work", "clock", "part_shapes", "launch"},

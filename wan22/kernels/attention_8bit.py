@@ -250,7 +250,7 @@ def _transpose_and_quantize(
     v: Tensor, dtype: torch.dtype, ordered: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_v`, laid out as 8-bit tensor cores want it: both factors of a product along the summed axis, which for
-    v are the tokens. ordered: each 16 of them in attention_hopper's `KEY_ORDER`.
+    v are the tokens. ordered: each 16 of them in attention_hopper's thread order.
 
     Bytes, at least: 3 · 2 (statistics) + 2 + 1 an element; 3.5 GB for 75,600 tokens of width 5120.
     """

@@ -13,8 +13,9 @@ a score, of which an H100 has time for about nine beside 8-bit products:
   to the next block is then one multiplication and addition, the same that adds the block's own sum.
 - A probability is a multiple of 2⁻²⁴: the conversion to float16, whose smallest number that is, rounds it, and leaves
   the whole number 0 … 127 in the lowest byte.
-- Values lie in the order in which the scores' product leaves its columns with the threads (`KEY_ORDER`), so that
-  probabilities become the next product's factor where they are.
+- Values lie in the order in which the scores' product leaves its columns with the threads, so that probabilities become
+  the next product's factor where they are. Of 16 columns of a result each thread of four has 2t, 2t + 1, 8 + 2t and
+  8 + 2t + 1 (PTX ISA, wgmma, "Register Fragments"), and of an 8-bit factor it is to have 4t … 4t + 3: the thread order.
 
 Gluon is experimental, and its names change from one Triton to the next: where they are others, `GLUON` is False. No
 interpreter of Triton's runs it: `tests/kernels/gluon_on_cpu.py` does.
@@ -53,9 +54,6 @@ except (ImportError, AttributeError):
 
 QUERIES, KEYS, STAGES = 64, 128, 4  # queries of a warpgroup, keys of a tile, tiles in flight
 DIMS = (64, 128)  # of a head
-# Which of 16 keys stands at each place: a thread of four has columns 2t, 2t + 1, 8 + 2t and 8 + 2t + 1 of a product's
-# result (PTX ISA, wgmma, "Register Fragments"), and an 8-bit factor wants 4t … 4t + 3 of it.
-KEY_ORDER = tuple(8 * (at >> 1 & 1) + 2 * (at >> 2) + (at & 1) for at in range(16))
 
 LEVEL = gl.constexpr(6.988684686772166 - 24)  # log2 of 127 · 2⁻²⁴
 LOWEST = gl.constexpr(-64.0)  # log2 of the least share of a row's largest score so far that a block can be counted by
@@ -82,7 +80,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, v_mean: Tensor, out: Tensor
 ) -> None:
     """q, k [B, N, L, D] int8, q_scale [B, N, L] with log2 e / √D in it, k_scale [B, N, blocks of 128 keys];
-    v [B, N, D, M'] int8 in `KEY_ORDER`, M' a multiple of 128 with zeros beyond the last key, v_scale, v_mean
+    v [B, N, D, M'] int8 in thread order, M' a multiple of 128 with zeros beyond the last key, v_scale, v_mean
     [B, 1, N, D] → out [B, L, N, D]. D is 64 or 128."""
     (batch, heads, length, dim), keys, room = q.shape, k.shape[2], v.shape[3]
     assert dim in DIMS, dim
@@ -237,7 +235,7 @@ def _softmax(
     numbers, rate, total, peak, base, layout: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr
 ):  # fmt: skip
     """A block's products of whole numbers [ROWS, COLUMNS] → probabilities 0 … 127 relative to its largest, with columns
-    in `KEY_ORDER`; their sum with all before; what other sums of before are to be multiplied with; the largest of all
+    in thread order; their sum with all before; what other sums of before are to be multiplied with; the largest of all
     and of this block. Exponents are of base 2. A block far below what came before is counted by LOWEST of that: what it
     adds is nothing, and the sums stay in range."""
     top = gl.max(numbers, 1) * rate

@@ -58,16 +58,23 @@ def write_gallery(folder: Path) -> Path:
         raise RequestError(f"{folder}: no such folder")
     page = folder / PAGE
     check_folder(page)
-    partial = folder / f".{PAGE}.{secrets.token_hex(4)}"
     text = _page(folder.resolve().name, list(_cards(folder)))
-    try:
+    with _replacing(page) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(partial, page)
+    return page
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A hidden file to write, which then takes the place of `path`. Raises RunError where either fails."""
+    partial = path.with_name(f"{staging_prefix(path)}{secrets.token_hex(4)}")
+    try:
+        yield partial
+        os.replace(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise not_written(page, error) from None
-    return page
+        raise not_written(path, error) from None
 
 
 def _cards(folder: Path) -> Iterator[Card]:
@@ -182,13 +189,7 @@ def write_sheet(files: list[Path], output: Path, overwrite: bool = False) -> Pat
         except (RequestError, KeyError, AttributeError):  # a record that somebody edited
             caption = file.name
         cards.append((frames, caption))
-    partial = output.with_name(f"{staging_prefix(output)}{secrets.token_hex(4)}")
-    try:
+    with _replacing(output) as partial:
         output.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(cards).save(partial, format="png")
-        os.replace(partial, output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise not_written(output, error) from None
     return output

@@ -9,7 +9,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 from wan22.config import one_line
 from wan22.many.worker import Pipe, Work, live
-from wan22.several.launch import WATCH, Team, signal_name
+from wan22.several.launch import how_ended, place_to_meet
 from wan22.several.watch import RESCUE, Member, News, Watchman, of_another
 
 LAST_WORDS = 0.2  # seconds for what killed one of them to reach the batch, before all end
@@ -76,10 +75,7 @@ def live_together(pipe: Pipe, work: Work) -> None:
     pipes = [context.Pipe() for _ in range(work.gpus - 1)]
     first = _First(pipe, [ours for ours, _ in pipes])
     watchman = Watchman(work.gpus, "127.0.0.1", tell)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-             WATCH: f"127.0.0.1 {watchman.port} {watchman.token}"}  # fmt: skip
+    place = place_to_meet(watchman)
     for rank, (_, theirs) in enumerate(pipes, 1):
         other = context.Process(target=_live_beside, args=(theirs, replace(work, rank=rank), place), daemon=True)
         other.start()
@@ -111,8 +107,7 @@ def _wait(rank: int, other: Any, watchman: Watchman) -> None:
     """How another one ended, for the watchman, which sees only that it did."""
     other.join()
     if code := other.exitcode:
-        how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        watchman.hear(News("died", rank, f"rank {rank} {how}"))
+        watchman.hear(News("died", rank, f"rank {rank} {how_ended(code)}"))
 
 
 def _meet(work: Work, place: dict[str, str]) -> Member:
@@ -120,7 +115,7 @@ def _meet(work: Work, place: dict[str, str]) -> Member:
     from wan22.parallel import meet
 
     os.environ.update(place)
-    return meet(Team(work.rank, work.gpus, work.rank, work.gpus))
+    return meet(work.team)
 
 
 def _live_beside(pipe: Any, work: Work, place: dict[str, str]) -> None:

@@ -28,6 +28,7 @@ from wan22.config import DEFAULT_TASK, DiskFull, Placement, Request, RequestErro
 from wan22.options import Base, read_checkpoint, read_encoding, read_placement, read_precision
 from wan22.output.names import DISK_FULL, exists, reason
 from wan22.report import Reporter
+from wan22.several.launch import Team
 from wan22.several.mesh import Mesh, Shares
 from wan22.several.watch import of_another
 
@@ -67,6 +68,11 @@ class Work:
     rank: int = 0
     cards: str | None = None
     run: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    @property
+    def team(self) -> Team:
+        """This process among those that make each video together, all of them on one machine."""
+        return Team(self.rank, self.gpus, self.rank, self.gpus)
 
 
 class _PipeReporter(Reporter):
@@ -128,10 +134,9 @@ def _open(work: Work) -> Any:
     ranks = None
     if work.gpus > 1:
         from wan22.parallel import Ranks
-        from wan22.several.launch import Team
 
-        team = Team(work.rank, work.gpus, work.rank, work.gpus)
-        ranks = Ranks.of(team, mesh_of(placement, work.gpus, Request("x"), plan.Sizes.of(checkpoint))[0], placement)
+        mesh = mesh_of(placement, work.gpus, Request("x"), plan.Sizes.of(checkpoint))[0]
+        ranks = Ranks.of(work.team, mesh, placement)
     pipeline = Pipeline(checkpoint, precision, placement, read_encoding(flags, base), ranks)
     if work.identity not in (None, pipeline.identity):
         raise RequestError(f"{checkpoint.folder}: is another checkpoint here than where the batch was begun")

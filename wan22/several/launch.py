@@ -138,6 +138,14 @@ def connect(environment: Mapping[str, str], team: Team) -> Member | None:
         raise RequestError(said, hint=f"unset {WATCH}: --gpus sets it, for what it starts") from None
 
 
+def place_to_meet(watchman: Watchman) -> dict[str, str]:
+    """What processes of this machine are to find in the environment, to find each other and their watchman."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            WATCH: f"127.0.0.1 {watchman.port} {watchman.token}"}  # fmt: skip
+
+
 def launch(argv: Sequence[str], count: int) -> int:
     """`wan22 ARGV` in `count` processes on this machine; the exit code. The first one's output is this one's; of the
     others, only what ends the run is told, once."""
@@ -149,12 +157,9 @@ def launch(argv: Sequence[str], count: int) -> int:
         return News("stopped", news.rank, STOPPED[128 + asked[0]], (), 128 + asked[0]) if ended else news
 
     watchman = Watchman(count, "127.0.0.1", lambda news: announce(told_to(news)))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
     path = os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH"))))
-    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(port), WATCH: f"127.0.0.1 {watchman.port} {watchman.token}",
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), **place_to_meet(watchman),
               "OMP_NUM_THREADS": threads, "PYTHONPATH": path}  # fmt: skip
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
@@ -188,12 +193,16 @@ def launch(argv: Sequence[str], count: int) -> int:
 def _death(rank: int, code: int, said: IO[bytes]) -> News:
     said.seek(0)
     lines = [line.strip() for line in said.read()[-4000:].decode(errors="replace").splitlines() if line.strip()]
-    how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
     hints = () if code in (-signal.SIGKILL, -signal.SIGTERM) else tuple(lines[-1:])
-    return News("died", rank, f"rank {rank} {how}", hints, 1 if code < 0 else code)
+    return News("died", rank, f"rank {rank} {how_ended(code)}", hints, 1 if code < 0 else code)
 
 
-def signal_name(number: int) -> str:
+def how_ended(code: int) -> str:
+    """Of a process, by its exit code, which is less than 0 for a signal."""
+    return f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+
+
+def _signal_name(number: int) -> str:
     """`SIGKILL`, or `signal 77` where there is no such name."""
     try:
         return signal.Signals(number).name
