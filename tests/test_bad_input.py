@@ -301,5 +301,20 @@ def test_preset_with_unknown_key(capsys, elsewhere):
     refused(capsys, [*SMALL, "--ckpt_dir", TINY, "--preset", "mine.toml"], "mine.toml", "num_step", "num_steps")
 
 
+@pytest.mark.parametrize("placement", ["device = 5", "lora_dir = 5", 'prompt_cache = "no"', 'dit_fsdp = "x"',
+                                       "offload = []", "text_encoder = 5", 'gpus = "2"'])  # fmt: skip
+def test_preset_with_values_of_another_type(capsys, elsewhere, placement):
+    (elsewhere / "mine.toml").write_text(f"[placement]\n{placement}\n")
+    name = placement.partition(" ")[0].replace("lora_dir", "lora-dir")
+    refused(capsys, [*SMALL, "--ckpt_dir", TINY, "--preset", "mine.toml"], "mine.toml", name)
+
+
+@pytest.mark.parametrize("target", ["n" * 250, "/proc/converted"])
+def test_convert_to_where_nothing_can_be(capsys, elsewhere, target):
+    assert main(["convert", str(TINY), target]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot write ")
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_every_weight_dtype_is_known():
     assert {"auto", *load.DTYPES} == set(WEIGHTS)

@@ -443,6 +443,7 @@ class Placement(_Settings):
     prompt_cache: bool = True
 
     def __post_init__(self) -> None:
+        _check_text("--device", self.device)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise RequestError(f"--device {self.device}: not a device", hint="known: auto, cpu, cuda, cuda:N")
         if self.offload not in ("auto", *OFFLOADS):
@@ -451,8 +452,13 @@ class Placement(_Settings):
             _check_number("--gpu-memory-limit", self.gpu_memory_limit, int, 1, 2**60)
         if self.text_encoder not in ("auto", "cpu"):
             raise RequestError(f"text_encoder {self.text_encoder}: unknown", hint="known: auto, cpu")
-        if self.lora_dir is not None and not Path(self.lora_dir).is_dir():
-            raise RequestError(f"--lora-dir {self.lora_dir}: no such folder")
+        if self.lora_dir is not None:
+            _check_text("--lora-dir", self.lora_dir)
+            if not Path(self.lora_dir).is_dir():
+                raise RequestError(f"--lora-dir {self.lora_dir}: no such folder")
+        for name in ("dit_fsdp", "t5_fsdp", "prompt_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}: {getattr(self, name)!r} is neither true nor false")
         _check_number("--save-every", self.save_every, float, 0, 1e6)
         for name in ("gpus", "ulysses_size", "ring_size"):
             if (asked := getattr(self, name)) is not None:

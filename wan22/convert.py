@@ -37,6 +37,7 @@ from wan22.network.target import NOT_WRITABLE
 from wan22.output.names import DISK_FULL, sync
 from wan22.text_encoder import check_text_encoder
 from wan22.vae import check_vae
+from wan22.video import check_folder
 
 DTYPES = ("bf16", "fp8")
 MAX_SHARD = 5_000_000_000  # bytes of tensors
@@ -193,6 +194,7 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: str = "bf16", progress:
         raise RequestError("the two experts are the same one: nothing to convert")
     plan = plan_conversion(checkpoint, dtype)
     staged = target.with_name(f".{target.name}.partial")
+    check_folder(staged)
     note = json.dumps({"source": checkpoint.identity(), "dtype": dtype, "version": VERSION}).encode()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
