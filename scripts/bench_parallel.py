@@ -6,9 +6,12 @@
     python scripts/bench_parallel.py --predict FORWARD RATE BESIDES  # four and eight GPUs from: seconds of a forward
                                                      # pass on one, GB/s of a rank's messages, seconds besides the steps
 
-A guided step is two forward passes. `one` measures one of them, on the first rank alone, and doubles it. `exposed` is
-what a step takes longer than with its messages left out (wrong numbers, right work); `messages` is all of them without
-any attention between. The clock is the first rank's, between points at which all ranks have finished.
+A guided step is two forward passes. `one` measures one of them, on the first rank alone, and doubles it. `over` is what
+a step takes longer than that divided by the ranks, and `sent at` the bytes a rank sends over these seconds, which is the
+RATE of a prediction. `messages` is all of them without any attention between, `copies` the part of it that packs and
+unpacks. `exposed` is what a step takes longer than with its messages left out: a rank then attends to what it sends, as
+many numbers of the same size. (Not to zeros: of them a GPU makes faster work, since it draws less power.) The clock is
+the first rank's, between points at which all ranks have finished.
 """
 
 import argparse
@@ -190,8 +193,9 @@ class Bench:
             result["sent"] = passes * ranks.counts.bytes_sent
             result["messages"] = passes * self.messages(ranks)
             if not sharded:
-                ranks._exchange = lambda send, sizes, back: (send.new_zeros(sum(back)).split(back), _Done())
                 if mesh.ring == 1:
+                    ranks._exchange = stay
+                    result["copies"] = passes * self.messages(ranks)
                     result["exposed"] = result["step"] - passes * self.clock(run)
         return result
 
@@ -203,7 +207,7 @@ class Bench:
 
         def run() -> None:
             for _ in range(2):
-                ranks.attend(lambda q, k, v: q, q, k, v)
+                ranks.attend(lambda q, k, v: q.new_empty(q.shape), q, k, v)
 
         run()
         return self.clock(run) / 2 * self.config.num_layers
@@ -211,6 +215,11 @@ class Bench:
 
 class _Done:
     def wait(self) -> None: ...
+
+
+def stay(send: Tensor, sizes: list[int], back: list[int]) -> tuple[Tensor, _Done]:
+    """In place of a message: what would have gone is what comes."""
+    return (send if len(send) == sum(back) else send.repeat(-(-sum(back) // len(send)))[: sum(back)]), _Done()
 
 
 def main() -> None:
@@ -239,21 +248,23 @@ def main() -> None:
             print(json.dumps({"device": name, "world": team.world, "torch": torch.__version__, "rows": rows}))
         else:
             how = f"torch {torch.__version__}, attention {bench.attention}; {bench.tokens:,} tokens"
-            show(rows, f"{team.world} × {name}, {how}")
+            show(rows, f"{team.world} × {name}, {how}", team.world)
     member.leave()
     torch.distributed.destroy_process_group()
 
 
-def show(rows: list[dict[str, Any]], title: str) -> None:
+def show(rows: list[dict[str, Any]], title: str, world: int) -> None:
     one = next((row["step"] for row in rows if row["mode"] == "one"), None)
+    names = ("step, s", "speed-up", "over, s", "GiB", "messages, s", "copies, s", "exposed, s", "sent at, GB/s")
     print(f"{title}; a guided step\n")
-    print(f"{'':<14}{'step, s':>9}{'speed-up':>10}{'GiB':>7}{'messages, s':>13}{'exposed, s':>12}{'GB/s':>7}")
+    print(f"{'':<14}" + "".join(f"{name:>{len(name) + 3}}" for name in names))
     for row in rows:
-        faster = f"{one / row['step']:.3f}" if one else ""
-        memory = f"{row['memory']:.1f}" if "memory" in row else ""
-        messages, exposed = (f"{row[name]:.3f}" if name in row else "" for name in ("messages", "exposed"))
-        rate = f"{row['sent'] / row['messages'] / 1e9:.0f}" if "messages" in row else ""
-        print(f"{row['mode']:<14}{row['step']:>9.3f}{faster:>10}{memory:>7}{messages:>13}{exposed:>12}{rate:>7}")
+        over = row["step"] - one / world if one and row["mode"] != "one" else None
+        rate = row["sent"] / over / 1e9 if over and over > 0 and "sent" in row else None
+        values = ((row["step"], 3), (one and one / row["step"], 3), (over, 3), (row.get("memory"), 1),
+                  *((row.get(name), 3) for name in ("messages", "copies", "exposed")), (rate, 0))  # fmt: skip
+        cells = ["" if value is None else f"{value:.{digits}f}" for value, digits in values]
+        print(f"{row['mode']:<14}" + "".join(f"{cell:>{len(n) + 3}}" for n, cell in zip(names, cells, strict=True)))
 
 
 if __name__ == "__main__":

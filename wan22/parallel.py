@@ -243,7 +243,9 @@ class Ranks:
         return out
 
     def _to_heads(self, q: Tensor, k: Tensor, v: Tensor, part: list[slice], lengths: list[int]) -> "_Heads":
-        """Send every rank the queries, keys and values of its heads in one message; on the way when this returns."""
+        """Send every rank the queries, keys and values of its heads in one message; on the way when this returns.
+
+        A token's three lie side by side, so that what comes from all ranks is attended to where it lies, uncopied."""
         own = part[self.layout.order % self.layout.ulysses]
         if self.layout.ulysses_group is None:
             return _Heads(self, (q[:, :, own], k[:, :, own], v[:, :, own]))
@@ -251,16 +253,19 @@ class Ranks:
         sizes = [3 * batch * length * (heads.stop - heads.start) * depth for heads in part]
         send = q.new_empty(sum(sizes))
         for piece, heads in zip(send.split(sizes), part, strict=True):
-            room = piece.view(3, batch, length, heads.stop - heads.start, depth)
-            for target, x in zip(room, (q, k, v), strict=True):
+            room = piece.view(batch, length, 3, heads.stop - heads.start, depth)
+            for target, x in zip(room.unbind(2), (q, k, v), strict=True):
                 target.copy_(x[:, :, heads])
-        shapes = [(3, batch, other, width, depth) for other in lengths]
-        received, work = self._exchange(send, sizes, [math.prod(shape) for shape in shapes])
+        shapes = [(batch, other, 3, width, depth) for other in lengths]
+        back = [math.prod(shape) for shape in shapes]
+        received, work = self._exchange(send, sizes, back)
 
         def take() -> tuple[Tensor, ...]:
             work.wait()
-            pieces = [piece.view(shape) for piece, shape in zip(received, shapes, strict=True)]
-            return torch.cat(pieces, dim=2).unbind(0)
+            if batch == 1:  # one rank's tokens behind the other's
+                return received.view(1, -1, 3, width, depth).unbind(2)
+            pieces = [piece.view(shape) for piece, shape in zip(received.split(back), shapes, strict=True)]
+            return torch.cat(pieces, dim=1).unbind(2)
 
         return _Heads(self, take)
 
@@ -270,25 +275,29 @@ class Ranks:
         if self.layout.ulysses_group is None:
             out[:, :, part[0]] = attended
             return lambda: None
-        send = torch.cat([piece.flatten() for piece in attended.split(lengths, dim=1)])
+        if batch == 1:
+            send = attended.reshape(-1)  # uncopied, where the backend's result has no gaps
+        else:
+            send = torch.cat([piece.flatten() for piece in attended.split(lengths, dim=1)])
         shapes = [(batch, out.shape[1], heads.stop - heads.start, depth) for heads in part]
         sizes = [batch * length * width * depth for length in lengths]
-        received, work = self._exchange(send, sizes, [math.prod(shape) for shape in shapes])
+        back = [math.prod(shape) for shape in shapes]
+        received, work = self._exchange(send, sizes, back)
 
         def put() -> None:
             work.wait()
-            for piece, heads, shape in zip(received, part, shapes, strict=True):
+            for piece, heads, shape in zip(received.split(back), part, shapes, strict=True):
                 out[:, :, heads] = piece.view(shape)
 
         return put
 
-    def _exchange(self, send: Tensor, sizes: list[int], back: list[int]) -> tuple[Sequence[Tensor], Any]:
+    def _exchange(self, send: Tensor, sizes: list[int], back: list[int]) -> tuple[Tensor, Any]:
         """Numbers for each rank of the Ulysses group → those of each, once the work is done."""
         received = send.new_empty(sum(back))
         work = dist.all_to_all_single(received, send, back, sizes, self.layout.ulysses_group, async_op=True)
         kept = sizes[self.layout.order % self.layout.ulysses]
         self.counts.bytes_sent += (send.numel() - kept) * send.element_size()
-        return received.split(back), work
+        return received, work
 
     # --- plain values --------------------------------------------------------------------------------------------
     def share(self, value: Any) -> Any:
