@@ -4,14 +4,15 @@
     torchrun --nproc_per_node=2 scripts/bench_parallel.py --modes one,ulysses,ring,sharded
     torchrun --nproc_per_node=2 scripts/bench_parallel.py --tiny  # on CPUs: that all of it runs
     python scripts/bench_parallel.py --predict FORWARD RATE BESIDES  # four and eight GPUs from: seconds of a forward
-                                                     # pass on one, GB/s of a rank's messages, seconds besides the steps
+                                                     # pass on one, GB/s a rank sends at, seconds besides the steps
+    python scripts/bench_parallel.py --size 480p --predict …        # for another size than 720p
 
-A guided step is two forward passes. `one` measures one of them, on the first rank alone, and doubles it. `over` is what
-a step takes longer than that divided by the ranks, and `sent at` the bytes a rank sends over these seconds, which is the
-RATE of a prediction. `messages` is all of them without any attention between, `copies` the part of it that packs and
-unpacks. `exposed` is what a step takes longer than with its messages left out: a rank then attends to what it sends, as
-many numbers of the same size. (Not to zeros: of them a GPU makes faster work, since it draws less power.) The clock is
-the first rank's, between points at which all ranks have finished.
+A guided step is two forward passes. `one` measures one of them, on the first rank alone, and doubles it. `over` is
+what a step takes longer than that divided by the ranks, and `sent at` the bytes a rank sends over these seconds, which
+is the RATE of a prediction. `messages` is all of them without any attention between, `copies` the part of it that packs
+and unpacks. `exposed` is what a step takes longer than with its messages left out: a rank then attends to what it
+sends, as many numbers of the same size. (Not to zeros: of them a GPU makes faster work, since it draws less power.) The
+clock is the first rank's, between points at which all ranks have finished.
 """
 
 import argparse
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from wan22.config import Request, configs_dir
+from wan22.config import Request, configs_dir, parse_size
 from wan22.several.launch import Team, team_of
 from wan22.several.mesh import Mesh
 
@@ -46,28 +47,31 @@ PUBLISHED = {"H100": {1: 1041.5, 8: 155.1}, "A100": {1: 2735.7, 8: 386.7}}  # se
 def predicted_step(forward: float, rate: float, mesh: Mesh, tokens: int, dim: int, layers: int) -> float:
     """Seconds of a guided step.
 
-    2 / G forward passes, each of F / S seconds of arithmetic, and of messages that nothing hides: per block and rank
-    q, k, v and what is attended, 4 · (L / S) · E numbers of 2 bytes, of which all but a U-th go to others, at `rate`
-    bytes a second; half of them travel beside attention. F: `forward`; S, U, G: ranks along the mesh's axes.
+    2 / G forward passes, each of F / S seconds of arithmetic, and of messages: per block and rank q, k, v and what is
+    attended, 4 · (L / S) · E numbers of 2 bytes, of which all but a U-th go to others. `rate`: bytes a second that a
+    rank was measured to send over all that dividing costs, copies, waits and what travels beside work included.
+    F: `forward`; S, U, G: ranks along the mesh's axes.
     """
     numbers = 4 * tokens / mesh.sequence * dim * (1 - 1 / mesh.ulysses)
-    return 2 / mesh.guidance * (forward / mesh.sequence + layers * numbers * 2 / rate / 2)
+    return 2 / mesh.guidance * (forward / mesh.sequence + layers * numbers * 2 / rate)
 
 
-def predict(forward: float, gigabytes: float, besides: float) -> None:
+def predict(forward: float, gigabytes: float, besides: float, size: str) -> None:
     config = json.loads((configs_dir() / "Wan2.2-T2V-A14B/high_noise_model/config.json").read_text())
-    steps = Request("x").num_steps
+    steps, (width, height) = Request("x").num_steps, parse_size(size)
+    tokens = (1 + (Request("x").num_frames - 1) // 4) * (height // 16) * (width // 16)
     one = 2 * forward * steps + besides
-    print(f"predicted from {forward:g} s a forward pass, {gigabytes:g} GB/s, {besides:g} s besides {steps} steps\n")
+    print(f"{size}, {tokens:,} tokens: predicted from {forward:g} s a forward pass, {gigabytes:g} GB/s, {besides:g} s "
+          f"besides {steps} steps\n")  # fmt: skip
     print(f"{'GPUs':>5}  {'mesh':<27}{'video, s':>10}{'speed-up':>10}")
     print(f"{1:>5}  {'':<27}{one:>10.1f}{1:>10.2f}")
     for mesh in (Mesh(2, 1, 1), Mesh(2, 1, 2), Mesh(1, 1, 4), Mesh(2, 1, 4), Mesh(1, 1, 8)):
-        step = predicted_step(forward, gigabytes * 1e9, mesh, 75_600, config["dim"], config["num_layers"])
+        step = predicted_step(forward, gigabytes * 1e9, mesh, tokens, config["dim"], config["num_layers"])
         video = steps * step + besides
         print(f"{mesh.world:>5}  {mesh!s:<27}{video:>10.1f}{one / video:>10.2f}")
     for card, seconds in PUBLISHED.items():
         faster = seconds[1] / seconds[8]
-        print(f"published, {card}: {seconds[1]} s on one, {seconds[8]} s on eight ({faster:.1f} times)")
+        print(f"published, 720p, {card}: {seconds[1]} s on one, {seconds[8]} s on eight ({faster:.1f} times)")
 
 
 class Bench:
@@ -192,11 +196,10 @@ class Bench:
         if ranks and mesh.sequence > 1:
             result["sent"] = passes * ranks.counts.bytes_sent
             result["messages"] = passes * self.messages(ranks)
-            if not sharded:
-                if mesh.ring == 1:
-                    ranks._exchange = stay
-                    result["copies"] = passes * self.messages(ranks)
-                    result["exposed"] = result["step"] - passes * self.clock(run)
+            if not sharded and mesh.ring == 1:
+                ranks._exchange = stay
+                result["copies"] = passes * self.messages(ranks)
+                result["exposed"] = result["step"] - passes * self.clock(run)
         return result
 
     def messages(self, ranks: Any) -> float:
@@ -228,9 +231,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", action="store_true", help="the measurements, one JSON object")
     parser.add_argument("--predict", nargs=3, type=float, metavar=("FORWARD", "GB/S", "BESIDES"))
+    parser.add_argument("--size", default="720p", help="of the prediction")
     options = parser.parse_args()
     if options.predict:
-        predict(*options.predict)
+        predict(*options.predict, options.size)
         return
     import os
 
@@ -260,7 +264,7 @@ def show(rows: list[dict[str, Any]], title: str, world: int) -> None:
     print(f"{'':<14}" + "".join(f"{name:>{len(name) + 3}}" for name in names))
     for row in rows:
         over = row["step"] - one / world if one and row["mode"] != "one" else None
-        rate = row["sent"] / over / 1e9 if over and over > 0 and "sent" in row else None
+        rate = row["sent"] / over / 1e9 if over and over > 0 and "sent" in row and not row["sharded"] else None
         values = ((row["step"], 3), (one and one / row["step"], 3), (over, 3), (row.get("memory"), 1),
                   *((row.get(name), 3) for name in ("messages", "copies", "exposed")), (rate, 0))  # fmt: skip
         cells = ["" if value is None else f"{value:.{digits}f}" for value, digits in values]

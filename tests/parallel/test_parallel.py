@@ -434,9 +434,13 @@ def test_frames_from_all_ranks(world, grid):
 @pytest.mark.multigpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus(tmp_path):
-    """NCCL, the fused kernels, `fully_shard`: the same video as one GPU's, to bf16's rounding, by every mesh."""
+    """NCCL, the fused kernels, `fully_shard`: the same video as one GPU's, to bf16's rounding, by every mesh.
+
+    All are run at once: nearly all that one takes is its start, of two processes with their libraries and groups."""
     import subprocess
     import sys
+    import time
+    from concurrent.futures import ThreadPoolExecutor
 
     from wan22.compare import compare
 
@@ -446,10 +450,16 @@ def test_two_gpus(tmp_path):
     ways = {"one": [], "guidance": ["--gpus", "2"], "ulysses": ["--gpus", "2", "--ulysses_size", "2"],
             "ring": ["--gpus", "2", "--ulysses_size", "1", "--ring_size", "2", "--guidance", "1"],
             "sharded": ["--gpus", "2", "--dit_fsdp", "--t5_fsdp"], "alone": ["--guidance", "1"]}  # fmt: skip
-    for name, words in ways.items():
-        words = [*typed, *words, "--output", str(tmp_path / f"{name}.png")]  # needs no ffmpeg
+
+    def make(name):
+        words, began = [*typed, *ways[name], "--output", str(tmp_path / f"{name}.png")], time.monotonic()  # no ffmpeg
         done = subprocess.run(words, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        return name, done, time.monotonic() - began
+
+    with ThreadPoolExecutor(len(ways)) as together:
+        for name, done, seconds in together.map(make, ways):
+            assert done.returncode == 0, f"{name}: {done.stderr}"
+            print(f"{name}: {seconds:.0f} s; {' '.join(done.stderr.rpartition('encode the text')[2].split())}")
     for name in ways:
         other = "alone" if name == "ring" else "one"
         if name not in ("one", "alone"):
