@@ -234,7 +234,8 @@ def main() -> None:
     parser.add_argument("--size", default="720p", help="of the prediction")
     options = parser.parse_args()
     if options.predict:
-        predict(*options.predict, options.size)
+        forward, gigabytes, besides = options.predict
+        predict(forward, gigabytes, besides, options.size)
         return
     import os
 
