@@ -1,6 +1,7 @@
 """The mesh that is chosen, and what cannot work: arithmetic, no process is started."""
 
 import dataclasses
+import socket
 
 import pytest
 from conftest import TINY
@@ -9,6 +10,7 @@ from wan22 import cli
 from wan22.config import DoesNotFit, Placement, Precision, Request, RequestError
 from wan22.machine import Room
 from wan22.plan import Sizes, make_plan, require_any
+from wan22.several import launch
 from wan22.several.launch import Team, refuse_lonely, rendezvous, team_of
 from wan22.several.mesh import Mesh, Shares, choose_mesh, first_host, shares
 from wan22.sizes import cache_terms
@@ -191,6 +193,21 @@ def test_8_bits_are_not_sharded_where_they_do_not_fit():
     gpu, host = Room(12 * GIB, 12 * GIB), Room(900 * GIB, 900 * GIB)
     with pytest.raises(DoesNotFit):
         require_any(Request("x"), Precision("fp8"), Placement(), Sizes.published(), gpu, host, Shares(8, 4, 1, 1, 8))
+
+
+def test_where_processes_meet(monkeypatch):
+    """A port of which no socket that asks for any is given, and which is free on all addresses."""
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        drawn = iter([port - 10_000, 17])
+        monkeypatch.setattr(launch.secrets, "randbelow", lambda below: next(drawn))
+        assert launch._free_port() == 10_017
+        monkeypatch.setattr(launch.secrets, "randbelow", lambda below: port - 10_000)
+        assert launch._free_port() not in (port, 0)
+    monkeypatch.undo()
+    ports = {launch._free_port() for _ in range(50)}
+    assert len(ports) > 40
+    assert max(ports) < 16_000
 
 
 def test_a_tile_a_rank():

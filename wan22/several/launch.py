@@ -6,6 +6,7 @@ same command line itself, and tells them as torchrun would.
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -138,11 +139,20 @@ def connect(environment: Mapping[str, str], team: Team) -> Member | None:
         raise RequestError(said, hint=f"unset {WATCH}: --gpus sets it, for what it starts") from None
 
 
+def _free_port() -> int:
+    """A port that nobody has now, nor is given in the seconds till the first process listens there: by chance, out of
+    those that systems give to nobody who does not ask for them (Linux begins at 32768, gVisor at 16000)."""
+    for _ in range(100):
+        port = 10_000 + secrets.randbelow(6000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
+    with socket.create_server(("", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 def place_to_meet(watchman: Watchman) -> dict[str, str]:
     """What processes of this machine are to find in the environment, to find each other and their watchman."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
             WATCH: f"127.0.0.1 {watchman.port} {watchman.token}"}  # fmt: skip
 
 
