@@ -12,6 +12,7 @@ from conftest import TINY
 from safetensors.torch import save_file
 from together import CPU, run
 
+from wan22.attention import attend
 from wan22.checkpoint import Expert, find_checkpoint, open_checkpoint
 from wan22.config import Placement, Precision, Request, RequestError, Residency
 from wan22.experts import Experts
@@ -120,6 +121,27 @@ def test_one_velocity(world, sharded, overlapped):
     for mesh, shape, guided, largest, _ in results[0]:
         print(f"{Mesh(*mesh)}; {shape}, {'guided' if guided else 'one branch'}: largest difference {largest:.1e}")
         assert largest < 3e-5
+
+
+def _attended(rank, world, mesh, batch):
+    q, k, v = torch.randn(3, batch, 11, HEADS, DEPTH, generator=torch.Generator().manual_seed(5))
+    ranks, seen = make_ranks(rank, world, mesh, 2), []
+
+    def backend(*qkv):
+        seen.append(all(x.data_ptr() == qkv[0].data_ptr() + i * x.shape[2] * DEPTH * 4 for i, x in enumerate(qkv)))
+        return attend(*qkv)
+
+    own = ranks.attend(backend, *(ranks._own(x, 1) for x in (q, k, v)))
+    return (own - ranks._own(attend(q, k, v), 1)).abs().max().item(), seen
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("mesh", [(1, 1, 3), (1, 2, 2)], ids=str)
+def test_attention_of_samples_together(mesh, batch):
+    """The model has one at a time, whose q, k and v are attended to as they came, side by side."""
+    for largest, in_place in run(Mesh(*mesh).world, _attended, mesh, batch):
+        assert largest < 1e-5
+        assert mesh[1] > 1 or all(in_place)
 
 
 def _in_bf16(rank, world, mesh):
