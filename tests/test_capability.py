@@ -11,7 +11,7 @@ HOPPER, ADA, AMPERE, GAMING_AMPERE, TURING = (9, 0), (8, 9), (8, 0), (8, 6), (7,
 
 
 @pytest.mark.parametrize(("card", "weights", "attention"), [
-    (HOPPER, "fp8", "auto"), (ADA, "fp8", "int8"), ((12, 0), "fp8", "int8"), (AMPERE, "int8", "int8-bf16"),
+    (HOPPER, "fp8", "int8"), (ADA, "fp8", "int8"), ((12, 0), "fp8", "int8"), (AMPERE, "int8", "int8-bf16"),
     (GAMING_AMPERE, "int8", "int8-bf16"),
 ])  # fmt: skip
 def test_presets(card, weights, attention):

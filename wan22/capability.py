@@ -18,7 +18,7 @@ from wan22.config import EIGHT_BIT, Precision, RequestError
 from wan22.machine import gpu_capability
 
 Capability = tuple[int, int]
-AMPERE, ADA, HOPPER = (8, 0), (8, 9), (9, 0)
+AMPERE, ADA = (8, 0), (8, 9)
 PRESETS = ("exact", "high", "fast")
 FAST_STEP_CACHE = 0.2
 
@@ -31,8 +31,8 @@ def capability_of(device: str) -> Capability | None:
 def preset(name: str, capability: Capability | None) -> dict[str, Any]:
     """The settings of a Precision that a preset stands for on this card. Raises RequestError where it has none.
 
-    exact: nothing approximated. high: 8-bit feed-forward and, but on Hopper, attention; the VAE in bf16. fast: all
-    products in 8 bits and the step cache beside. Their measured drift: docs/speed.md.
+    exact: nothing approximated. high: 8-bit feed-forward and attention; the VAE in bf16. fast: all products in 8 bits and
+    the step cache beside. Their measured drift: docs/speed.md.
     """
     if name not in PRESETS:
         raise RequestError(f"--precision {name}: unknown", hint=f"known: {', '.join(PRESETS)}")
@@ -47,11 +47,9 @@ def preset(name: str, capability: Capability | None) -> dict[str, Any]:
         raise RequestError(f"--precision {name}: {_has(capability)}; 8-bit products need 8.0 (Ampere) or later",
                            hint="--precision exact, and --step-cache 0.2")  # fmt: skip
     newer = capability >= ADA
-    # On Hopper FlashAttention 3 is exact and faster than our 8-bit attention: docs/speed.md.
-    attention = "auto" if capability == HOPPER else "int8" if newer else "int8-bf16"
     return {
         "weights": "fp8" if newer else "int8",
-        "attention": attention,
+        "attention": "int8" if newer else "int8-bf16",
         "scope": "all" if name == "fast" else "ffn",
         "step_cache": FAST_STEP_CACHE if name == "fast" else 0.0,
         "vae": "bf16",

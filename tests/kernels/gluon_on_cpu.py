@@ -22,6 +22,10 @@ FAILURES: list[BaseException] = []  # of the program that runs
 class Block(torch.Tensor):
     """A tensor in registers."""
 
+    def to(self, dtype, bitcast=False):
+        """Bits as another type: in float64, since what is multiplied and added then is rounded once, as by the chip."""
+        return self.view(dtype).double() if bitcast else super().to(dtype)
+
 
 def block(tensor):
     return tensor.as_subclass(Block)
@@ -106,22 +110,25 @@ class Descriptor:
 class Product:
     """One under way: it has read nothing yet."""
 
-    def __init__(self, a, b, like):
-        self.a, self.b, self.like, self.value = a, b, like, None
+    def __init__(self, a, b, sums, use_acc):
+        self.a, self.b, self.sums, self.use_acc, self.value = a, b, sums, use_acc, None
 
     def finish(self):
         assert self.value is None
         self.value = block((self.a.double() @ self.b.double()).to(torch.int32).as_subclass(torch.Tensor))
-        assert self.value.shape == self.like.shape
+        sums = self.sums.value if isinstance(self.sums, Product) else self.sums
+        assert self.value.shape == sums.shape
+        if self.use_acc:
+            self.value = self.value + sums
 
 
 UNDER_WAY = threading.local()
 
 
-def warpgroup_mma(a, b, like, use_acc, is_async):
-    assert (use_acc, is_async) == (False, True)
+def warpgroup_mma(a, b, sums, use_acc, is_async):
+    assert is_async
     time.sleep(random.random() / 2000)
-    product = Product(a, b, like)
+    product = Product(a, b, sums, use_acc)
     UNDER_WAY.products = [*getattr(UNDER_WAY, "products", []), product]
     return product
 
@@ -182,7 +189,8 @@ class Kernel:
 LANGUAGE = SimpleNamespace(
     constexpr=lambda value: value, int8=torch.int8, int32=torch.int32, int64=torch.int64, float32=torch.float32,
     NVMMASharedLayout=lambda **_: None, NVMMADistributedLayout=lambda *_: None, DotOperandLayout=lambda **_: None,
-    SliceLayout=lambda *_: None, cdiv=lambda a, b: -(-a // b), static_range=range, barrier=lambda: None,
+    SliceLayout=lambda *_: None, DistributedLinearLayout=lambda **_: None, cdiv=lambda a, b: -(-a // b),
+    static_range=range, barrier=lambda: None, split=lambda x: x.unbind(-1),
     program_id=lambda axis: block(torch.tensor(LANGUAGE.place[axis])), load=load, store=store,
     arange=lambda start, end, _: block(torch.arange(start, end)),
     zeros=lambda shape, dtype, _: block(torch.zeros(shape, dtype=dtype)),
@@ -196,7 +204,7 @@ HOPPER = SimpleNamespace(
     mbarrier=SimpleNamespace(
         MBarrierLayout=lambda: "barriers", init=lambda barrier, count: barrier.init(count),
         wait=lambda barrier, parity, pred=True: barrier.wait(parity) if pred else None,
-        arrive=lambda barrier: barrier.change(1, 0), expect=lambda barrier, length: barrier.change(1, length),
+        arrive=lambda barrier, pred=True: barrier.change(1, 0) if pred else None, expect=lambda barrier, length: barrier.change(1, length),
     ),
     tma=SimpleNamespace(async_load=lambda descriptor, *rest: descriptor.copy(*rest)),
     TensorDescriptor=SimpleNamespace(from_tensor=lambda tensor, shape, _: Descriptor(tensor, shape)),

@@ -32,6 +32,7 @@ from wan22.kernels.dispatch import jit, launch, tl, use_triton
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX, INT8_MAX = 448.0, 127.0
+BLOCKS = 8  # of tokens, that a program rotates one after the other by one matrix that it loads once
 SMALLEST = 1e-12  # scale: below it, zeros are as good
 LOG2E = 1.4426950408889634
 FP8_SHIFT = 8.0  # FP8 probabilities are 2⁸ times as large, to use its range: as FlashAttention 3 does
@@ -54,7 +55,6 @@ class Form:
 LARGE = {"bf16": Form(keys=64), "fp8": Form(), "int8": Form()}
 SMALL = {"bf16": Form(keys=64, stages=2), "fp8": Form(keys=64), "int8": Form(keys=64)}
 HOPPER = Form(keys=attention_hopper.KEYS, hopper=True)  # of INT8 values
-USE_HOPPER = False  # till it is measured on one
 FORM: Form | None = None  # instead of these, for measurements
 
 
@@ -62,7 +62,7 @@ def form_of(pv: str, dim: int, device: torch.device) -> Form:
     if FORM:
         return FORM
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if USE_HOPPER and pv == "int8" and dim in attention_hopper.DIMS and capability == (9, 0):
+    if attention_hopper.GLUON and pv == "int8" and dim in attention_hopper.DIMS and capability == (9, 0):
         return HOPPER
     return (LARGE if capability in (None, (8, 0), (9, 0), (10, 0), (10, 3)) else SMALL)[pv]
 
@@ -239,9 +239,9 @@ def _rotate_and_quantize(
     scales = -(-length // block) if block else length
     scale = torch.empty((batch, heads, scales), dtype=torch.float32, device=x.device)
     launch(
-        _rotate_kernel, (-(-length // rows), heads, batch), x, mean.contiguous(), factor.contiguous(),
+        _rotate_kernel, (-(-length // (rows * BLOCKS)), heads, batch), x, mean.contiguous(), factor.contiguous(),
         hadamard(dim, x.device), out, scale, length, heads, multiply, x.stride(0), x.stride(1), x.stride(2), D=dim,
-        ROWS=rows, BLOCK=bool(block), num_warps=8,
+        ROWS=rows, BLOCK=bool(block), BLOCKS=BLOCKS, num_warps=8,
     )  # fmt: skip
     return out, scale
 
@@ -272,27 +272,31 @@ def _transpose_and_quantize(
 def _rotate_kernel(
     x, mean, factor, matrix, out, scale, length, heads,
     multiply, sample_stride, token_stride, head_stride, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS tokens of one head. BLOCK: they share a scale."""
-    head, sample = tl.program_id(1), tl.program_id(2)
-    rows, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
-    inside = rows < length
+    """One program: BLOCKS times ROWS tokens of one head. BLOCK: ROWS of them share a scale."""
+    head, sample, d = tl.program_id(1), tl.program_id(2), tl.arange(0, D)
     here = (sample * heads + head).to(tl.int64)
     start = x + sample.to(tl.int64) * sample_stride + head * head_stride
-    tokens = tl.load(start + rows.to(tl.int64)[:, None] * token_stride + d[None, :], inside[:, None], 0.0)
-    tokens = (tokens.to(tl.float32) - tl.load(mean + here * D + d)[None, :]) * tl.load(factor + here * D + d)[None, :]
+    middle, times = tl.load(mean + here * D + d)[None, :], tl.load(factor + here * D + d)[None, :]
     turn = tl.load(matrix + d[:, None] * D + d[None, :])
-    tokens = tl.dot(tokens, turn, input_precision="tf32")  # rounds a tenth of what int8 will
-    step = tl.maximum(tl.max(tl.where(inside[:, None], tl.abs(tokens), 0.0), 1) / 127.0, 1e-12)
-    if BLOCK:
-        one = tl.max(step, 0)
-        tl.store(scale + here * tl.cdiv(length, ROWS) + tl.program_id(0), one * multiply)
-        steps = tokens / one
-    else:
-        tl.store(scale + here * length + rows, step * multiply, inside)
-        steps = tokens / step[:, None]
-    steps = tl.where(steps < 0, steps - 0.5, steps + 0.5)  # the conversion cuts towards zero
-    tl.store(out + (here * length + rows)[:, None] * D + d[None, :], steps.to(tl.int8), inside[:, None])
+    for part in range(BLOCKS):
+        number = tl.program_id(0) * BLOCKS + part
+        rows = number * ROWS + tl.arange(0, ROWS)
+        inside = rows < length
+        tokens = tl.load(start + rows.to(tl.int64)[:, None] * token_stride + d[None, :], inside[:, None], 0.0)
+        tokens = (tokens.to(tl.float32) - middle) * times
+        tokens = tl.dot(tokens, turn, input_precision="tf32")  # rounds a tenth of what int8 will
+        step = tl.maximum(tl.max(tl.where(inside[:, None], tl.abs(tokens), 0.0), 1) / 127.0, 1e-12)
+        if BLOCK:
+            one = tl.max(step, 0)
+            tl.store(scale + here * tl.cdiv(length, ROWS) + number, one * multiply, number * ROWS < length)
+            steps = tokens * (1.0 / one)
+        else:
+            tl.store(scale + here * length + rows, step * multiply, inside)
+            steps = tokens * (1.0 / step)[:, None]
+        steps = tl.where(steps < 0, steps - 0.5, steps + 0.5)  # the conversion cuts towards zero
+        tl.store(out + (here * length + rows)[:, None] * D + d[None, :], steps.to(tl.int8), inside[:, None])
 
 
 @jit

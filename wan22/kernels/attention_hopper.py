@@ -4,13 +4,17 @@ Triton waits for every product as soon as it has begun it; the tensor cores then
 its lower level, lets a kernel say when to wait. The numbers are those of attention_8bit.py with `int8` values, whose
 plain form is this one's too.
 
-A program holds 128 queries of one head. Two warpgroups have 64 of them each and go at their own pace, so that one's
-products fill the time of the other's softmax; a warp beside them fetches tiles of keys and values (FlashAttention-3,
-Shah et al. 2024, section 3.1). They meet at the tiles' barriers alone. What decides the speed then are the instructions
-a score, of which an H100 has time for about nine beside 8-bit products:
+A program holds 128 queries of one head. Two warpgroups have 64 of them each, and a warp beside them fetches tiles of keys
+and values (FlashAttention-3, Shah et al. 2024, section 3.1). The warpgroups take turns at the tensor cores (there,
+"ping-pong"): left alone they fall into step, and then both multiply and both wait. What decides the speed are the
+instructions a score, of which an H100 has time for about eight beside 8-bit products, half as many of them on its
+integer pipe, which converts, compares and permutes:
 
-- Sums over keys are kept relative to the largest score of the block of keys that came last, not of all so far: going on
-  to the next block is then one multiplication and addition, the same that adds the block's own sum.
+- Two tiles of 128 keys are a block, with one scale of keys, and one largest score to which a query's probabilities are
+  relative: sums over keys are converted and added once a block. They are kept relative to the largest score of the block
+  that came last, not of all so far: going on to the next block is then one multiplication and addition, the same that
+  adds the block's own sum.
+- Scores are summed on top of BIASED, so that their bits are a float32 number (BIAS + score) and need no conversion.
 - A probability is a multiple of 2⁻²⁴: the conversion to float16, whose smallest number that is, rounds it, and leaves
   the whole number 0 … 127 in the lowest byte.
 - Values lie in the order in which the scores' product leaves its columns with the threads, so that probabilities become
@@ -52,9 +56,12 @@ except (ImportError, AttributeError):
             return value
 
 
-QUERIES, KEYS, STAGES = 64, 128, 4  # queries of a warpgroup, keys of a tile, tiles in flight
+QUERIES, TILE, SLOTS = 64, 128, 4  # queries of a warpgroup, keys of a tile, tiles of keys (and of values) in flight
+KEYS = 2 * TILE  # of a block
 DIMS = (64, 128)  # of a head
 
+BIASED = gl.constexpr(0x4B400000)  # whole numbers on top of this are the bits of float32 numbers on top of
+BIAS = gl.constexpr(12582912.0)  # 1.5 · 2²³; a score is at most 127² · 128, half of 2²²
 LEVEL = gl.constexpr(6.988684686772166 - 24)  # log2 of 127 · 2⁻²⁴
 LOWEST = gl.constexpr(-64.0)  # log2 of the least share of a row's largest score so far that a block can be counted by
 ROUND = gl.constexpr("""
@@ -65,6 +72,13 @@ cvt.rn.f16x2.f32 hi, $4, $3;
 prmt.b32 $0, lo, hi, 0x6420;
 }
 """)
+# Rows of a warpgroup as its threads have them, and two columns for each of four threads: eight.
+EIGHT = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [8, 0]], lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[QUERIES, 8],
+    )
+)  # fmt: skip
 
 
 def jit(kernel: Any) -> Any:
@@ -79,20 +93,20 @@ def tile(width: int) -> Any:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, v_mean: Tensor, out: Tensor
 ) -> None:
-    """q, k [B, N, L, D] int8, q_scale [B, N, L] with log2 e / √D in it, k_scale [B, N, blocks of 128 keys];
+    """q, k [B, N, L, D] int8, q_scale [B, N, L] with log2 e / √D in it, k_scale [B, N, blocks of 256 keys];
     v [B, N, D, M'] int8 in thread order, M' a multiple of 128 with zeros beyond the last key, v_scale, v_mean
     [B, 1, N, D] → out [B, L, N, D]. D is 64 or 128."""
     (batch, heads, length, dim), keys, room = q.shape, k.shape[2], v.shape[3]
     assert dim in DIMS, dim
-    assert room % KEYS == 0, room
+    assert room % TILE == 0, room
     launch(
         attend_kernel, (-(-length // (2 * QUERIES)), heads, batch),
         # The launcher looks at the first argument for the device: scales before descriptors.
         q_scale, k_scale, v_scale.contiguous(), v_mean.contiguous(), out,
         TensorDescriptor.from_tensor(q.view(-1, dim), [QUERIES, dim], tile(dim)),
-        TensorDescriptor.from_tensor(k.view(-1, dim), [KEYS, dim], tile(dim)),
-        TensorDescriptor.from_tensor(v.view(-1, room), [dim, KEYS], tile(KEYS)),
-        length, keys, heads, D=dim, ROWS=QUERIES, COLUMNS=KEYS, SLOTS=STAGES, num_warps=4,
+        TensorDescriptor.from_tensor(k.view(-1, dim), [TILE, dim], tile(dim)),
+        TensorDescriptor.from_tensor(v.view(-1, room), [dim, TILE], tile(TILE)),
+        length, keys, heads, D=dim, ROWS=QUERIES, COLUMNS=TILE, SLOTS=SLOTS, num_warps=4,
     )  # fmt: skip
 
 
@@ -104,17 +118,19 @@ def attend_kernel(
     """One program: two times ROWS queries of one head, over all keys."""
     head, sample = gl.program_id(1), gl.program_id(2)
     here = sample * heads + head
-    first, blocks = gl.program_id(0) * (2 * ROWS), gl.cdiv(keys, COLUMNS)
+    first, blocks = gl.program_id(0) * (2 * ROWS), gl.cdiv(keys, 2 * COLUMNS)
     q_tiles = gl.allocate_shared_memory(gl.int8, [2, ROWS, D], q.layout)
     k_tiles = gl.allocate_shared_memory(gl.int8, [SLOTS, COLUMNS, D], k.layout)
     v_tiles = gl.allocate_shared_memory(gl.int8, [SLOTS, D, COLUMNS], v.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for part in gl.static_range(2):
         mbarrier.init(q_full.index(part), count=1)
+        mbarrier.init(turns.index(part), count=1)
     for slot in gl.static_range(SLOTS):
         mbarrier.init(k_full.index(slot), count=1)
         mbarrier.init(v_full.index(slot), count=1)
@@ -122,15 +138,16 @@ def attend_kernel(
         mbarrier.init(v_empty.index(slot), count=2)
     fence_async_shared()
     barrier()
-    tiles = (q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty)
+    queries, turn = (q_tiles, q_full), (turns,)
+    tiles = ((k_tiles, k_full, k_empty), (v_tiles, v_full, v_empty))
     scales = (q_scale, k_scale, v_scale, v_mean)
     place = (first, here, length, keys, blocks)
     target = (out, sample, head, heads)
     gl.warp_specialize(
         [
-            (_consume, (0, scales, tiles, place, target, D, ROWS, COLUMNS, SLOTS)),
-            (_consume, (1, scales, tiles, place, target, D, ROWS, COLUMNS, SLOTS)),
-            (_produce, (q, k, v, tiles, place, D, ROWS, COLUMNS, SLOTS)),
+            (_consume, (0, scales, queries, tiles, turn, place, target, D, ROWS, COLUMNS, SLOTS)),
+            (_consume, (1, scales, queries, tiles, turn, place, target, D, ROWS, COLUMNS, SLOTS)),
+            (_produce, (q, k, v, queries, tiles, place, D, ROWS, COLUMNS, SLOTS)),
         ],
         [4, 1],
         [240, 24],
@@ -139,20 +156,22 @@ def attend_kernel(
 
 @jit
 def _produce(
-    q, k, v, tiles, place, D: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr
+    q, k, v, queries, tiles, place, D: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr
 ):  # fmt: skip
-    """Fetch every tile as soon as both warpgroups are done with what lay in its place."""
-    q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty = tiles
+    """Fetch every tile as soon as both warpgroups are done with what lay in its place. A tile beyond the last key is
+    fetched too: what it holds is masked, or times zero."""
+    k_tiles, k_full, k_empty = tiles[0]
+    v_tiles, v_full, v_empty = tiles[1]
     first, here, length, keys, blocks = place
     for part in gl.static_range(2):
-        _fetch(q, here * length + first + part * ROWS, 0, q_full, part, q_tiles, ROWS * D)
-    for block in range(blocks):
-        slot = block % SLOTS
-        before = (block // SLOTS + 1) % 2  # the phase in which the block that lay there was read
-        mbarrier.wait(k_empty.index(slot), before, pred=block >= SLOTS)
-        _fetch(k, here * keys + block * COLUMNS, 0, k_full, slot, k_tiles, COLUMNS * D)
-        mbarrier.wait(v_empty.index(slot), before, pred=block >= SLOTS)
-        _fetch(v, here * D, block * COLUMNS, v_full, slot, v_tiles, COLUMNS * D)
+        _fetch(q, here * length + first + part * ROWS, 0, queries[1], part, queries[0], ROWS * D)
+    for number in range(2 * blocks):
+        slot = number % SLOTS
+        before = (number // SLOTS + 1) % 2  # the phase in which the tile that lay there was read
+        mbarrier.wait(k_empty.index(slot), before, pred=number >= SLOTS)
+        _fetch(k, here * keys + number * COLUMNS, 0, k_full, slot, k_tiles, COLUMNS * D)
+        mbarrier.wait(v_empty.index(slot), before, pred=number >= SLOTS)
+        _fetch(v, here * D, number * COLUMNS, v_full, slot, v_tiles, COLUMNS * D)
 
 
 @jit
@@ -164,66 +183,46 @@ def _fetch(tensor, row, column, bars, slot, tiles, BYTES: gl.constexpr):
 
 @jit
 def _consume(
-    part: gl.constexpr, scales, tiles, place, target,
+    part: gl.constexpr, scales, queries, tiles, turn, place, target,
     D: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: ROWS queries over all keys. The next block's scores are begun together with this block's sum, and
-    multiplied while the sum is added. No product is under way when the loop turns: ptxas would wait for each."""
+    """One warpgroup: ROWS queries over all keys. No product is under way when the loop turns: ptxas would wait for it."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
-    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_layout, k_width=4)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     out_row_layout: gl.constexpr = gl.SliceLayout(1, sums_layout)
     q_scale, k_scale, v_scale, v_mean = scales
-    q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty = tiles
     first, here, length, keys, blocks = place
     begin = first + part * ROWS
     rows = begin + gl.arange(0, ROWS, row_layout)
     step = gl.load(q_scale + here.to(gl.int64) * length + rows, rows < length, 0.0)
     k_scale += here * blocks
-    queries = q_tiles.index(part)
-    no_scores = gl.zeros([ROWS, COLUMNS], gl.int32, scores_layout)
-    no_sums = gl.zeros([ROWS, D], gl.int32, sums_layout)
     result = gl.zeros([ROWS, D], gl.float32, sums_layout)
-    total = gl.zeros([ROWS], gl.float32, row_layout)
+    total = gl.zeros([ROWS, 8], gl.float32, EIGHT)
     base = gl.full([ROWS], -1e30, gl.float32, row_layout)
-    peak = base
+    state = (result, total, base, base)
 
-    scale = gl.load(k_scale)
-    mbarrier.wait(q_full.index(part), 0)
-    mbarrier.wait(k_full.index(0), 0)
-    scores = warpgroup_mma(queries, k_tiles.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=[scores])
-    mbarrier.arrive(k_empty.index(0))
+    mbarrier.wait(queries[1].index(part), 0)
+    mine = queries[0].index(part)
+    one, two = _scores(mine, tiles[0], 0, turn, part, ROWS, COLUMNS, SLOTS)
     for block in range(blocks - 1):
-        slot, after = block % SLOTS, (block + 1) % SLOTS
-        p, total, fade, peak, base = _softmax(
-            scores.to(gl.float32), step * scale, total, peak, base, p_layout, ROWS, COLUMNS
-        )  # fmt: skip
-        scale = gl.load(k_scale + block + 1)
-        mbarrier.wait(v_full.index(slot), block // SLOTS % 2)
-        mbarrier.wait(k_full.index(after), (block + 1) // SLOTS % 2)
-        sums = warpgroup_mma(p, v_tiles.index(slot).permute((1, 0)), no_sums, use_acc=False, is_async=True)
-        scores = warpgroup_mma(queries, k_tiles.index(after).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-        sums = warpgroup_mma_wait(1, deps=[sums])
-        mbarrier.arrive(v_empty.index(slot))
-        result = result * gl.convert_layout(fade, out_row_layout)[:, None] + sums.to(gl.float32)
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(k_empty.index(after))
+        one, two = one.to(gl.float32, bitcast=True), two.to(gl.float32, bitcast=True)
+        rate = step * gl.load(k_scale + block)
+        state = _add(one, two, rate, state, tiles[1], block, turn, part, D, ROWS, COLUMNS, SLOTS)
+        one, two = _scores(mine, tiles[0], block + 1, turn, part, ROWS, COLUMNS, SLOTS)
     last = blocks - 1
-    columns = last * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, scores_layout))
-    numbers = gl.where((columns < keys)[None, :], scores.to(gl.float32), -3e38)
-    p, total, fade, peak, base = _softmax(numbers, step * scale, total, peak, base, p_layout, ROWS, COLUMNS)
-    mbarrier.wait(v_full.index(last % SLOTS), last // SLOTS % 2)
-    sums = warpgroup_mma(p, v_tiles.index(last % SLOTS).permute((1, 0)), no_sums, use_acc=False, is_async=True)
-    sums = warpgroup_mma_wait(0, deps=[sums])
-    result = result * gl.convert_layout(fade, out_row_layout)[:, None] + sums.to(gl.float32)
+    columns = last * 2 * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, scores_layout))
+    one = gl.where((columns < keys)[None, :], one.to(gl.float32, bitcast=True), -3e38)
+    two = gl.where((columns + COLUMNS < keys)[None, :], two.to(gl.float32, bitcast=True), -3e38)
+    rate = step * gl.load(k_scale + last)
+    state = _add(one, two, rate, state, tiles[1], last, turn, None, D, ROWS, COLUMNS, SLOTS)
+    result, total, peak, base = state
 
     out, sample, head, heads = target
     d = gl.arange(0, D, gl.SliceLayout(0, sums_layout))
+    total = gl.convert_layout(gl.sum(total, 1), out_row_layout)
     # p was summed as the multiples of 2⁻²⁴ that it is, and its products as whole numbers.
-    step = gl.load(v_scale + here * D + d)[None, :] * 2.0**-24
-    result = result / gl.convert_layout(total, out_row_layout)[:, None] * step
+    result = result / total[:, None] * (gl.load(v_scale + here * D + d) * 2.0**-24)[None, :]
     result = result + gl.load(v_mean + here * D + d)[None, :]
     rows = begin + gl.arange(0, ROWS, out_row_layout)
     at = out + ((sample.to(gl.int64) * length + rows)[:, None] * heads + head) * D + d[None, :]
@@ -231,20 +230,89 @@ def _consume(
 
 
 @jit
-def _softmax(
-    numbers, rate, total, peak, base, layout: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr
+def _scores(
+    queries, tiles, block, turn, part: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr
 ):  # fmt: skip
-    """A block's products of whole numbers [ROWS, COLUMNS] → probabilities 0 … 127 relative to its largest, with columns
-    in thread order; their sum with all before; what other sums of before are to be multiplied with; the largest of all
-    and of this block. Exponents are of base 2. A block far below what came before is counted by LOWEST of that: what it
-    adds is nothing, and the sums stay in range."""
-    top = gl.max(numbers, 1) * rate
+    """A block's products of queries and keys on top of BIASED, of each of its two tiles; ends this warpgroup's turn."""
+    k_tiles, k_full, k_empty = tiles
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    slot, phase = 2 * block % SLOTS, 2 * block // SLOTS % 2
+    biased = gl.full([ROWS, COLUMNS], BIASED, gl.int32, layout)
+    mbarrier.wait(k_full.index(slot), phase)
+    mbarrier.wait(k_full.index(slot + 1), phase)
+    one = warpgroup_mma(queries, k_tiles.index(slot).permute((1, 0)), biased, use_acc=True, is_async=True)
+    two = warpgroup_mma(queries, k_tiles.index(slot + 1).permute((1, 0)), biased, use_acc=True, is_async=True)
+    mbarrier.arrive(turn[0].index(1 - part), pred=block > 0)
+    one = warpgroup_mma_wait(1, deps=[one])
+    mbarrier.arrive(k_empty.index(slot))
+    two = warpgroup_mma_wait(0, deps=[two])
+    mbarrier.arrive(k_empty.index(slot + 1))
+    return one, two
+
+
+@jit
+def _add(
+    one, two, rate, state, tiles, block, turn, part: gl.constexpr,
+    D: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """A block's numbers [ROWS, COLUMNS], BIAS + score, of each tile; their probabilities and values go into the sums.
+    Exponents are of base 2. A block far below what came before is counted by LOWEST of that: what it adds is nothing,
+    and the sums stay in range. part: of the warpgroup, which waits for its turn; None: it needs none any more."""
+    sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    row_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32]))
+    v_tiles, v_full, v_empty = tiles
+    result, total, peak, base = state
+    top = gl.max(gl.maximum(_fold(one, False, ROWS, COLUMNS), _fold(two, False, ROWS, COLUMNS)), 1)
+    top = (gl.convert_layout(top, row_layout) - BIAS) * rate
     peak = gl.maximum(peak, top)
-    now = gl.maximum(top, peak + LOWEST)
+    shift = LEVEL - gl.maximum(top, peak + LOWEST) - BIAS * rate
+    # It is rounded to what fits BIAS: towards less, since a byte has room for 127, and the block is relative to that.
+    shift -= gl.maximum(shift, -shift) * 2.0**-22
+    now = LEVEL - (shift + BIAS * rate)
     fade = gl.exp2(base - now)
-    p = gl.exp2(numbers * rate[:, None] + (LEVEL - now)[:, None])
-    added = gl.sum(p, 1)
+    p_one = gl.exp2(one * rate[:, None] + shift[:, None])
+    p_two = gl.exp2(two * rate[:, None] + shift[:, None])
+    added = _fold(p_one, True, ROWS, COLUMNS) + _fold(p_two, True, ROWS, COLUMNS)
+    p_one, p_two = _packed(p_one, D, ROWS, COLUMNS), _packed(p_two, D, ROWS, COLUMNS)
+
+    slot, phase = 2 * block % SLOTS, 2 * block // SLOTS % 2
+    mbarrier.wait(v_full.index(slot), phase)
+    mbarrier.wait(v_full.index(slot + 1), phase)
+    if part == 0:
+        mbarrier.wait(turn[0].index(0), (block + 1) % 2, pred=block > 0)
+    elif part == 1:
+        mbarrier.wait(turn[0].index(1), block % 2)
+    sums = gl.zeros([ROWS, D], gl.int32, sums_layout)
+    sums = warpgroup_mma(p_one, v_tiles.index(slot).permute((1, 0)), sums, use_acc=False, is_async=True)
+    sums = warpgroup_mma(p_two, v_tiles.index(slot + 1).permute((1, 0)), sums, use_acc=True, is_async=True)
+    total = total * gl.convert_layout(fade, gl.SliceLayout(1, EIGHT))[:, None] + gl.convert_layout(added, EIGHT)
+    sums = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(v_empty.index(slot))
+    mbarrier.arrive(v_empty.index(slot + 1))
+    fade = gl.convert_layout(fade, gl.SliceLayout(1, sums_layout))
+    return result * fade[:, None] + sums.to(gl.float32), total, peak, now
+
+
+@jit
+def _fold(x, ADD: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """The sum, or the largest, of every eighth column [ROWS, 8]: within a thread, and not in one long chain."""
+    if COLUMNS == 8:
+        return x
+    else:
+        left, right = gl.split(x.reshape([ROWS, 2, COLUMNS // 2]).permute((0, 2, 1)))
+        left, right = _fold(left, ADD, ROWS, COLUMNS // 2), _fold(right, ADD, ROWS, COLUMNS // 2)
+        if ADD:
+            return left + right
+        else:
+            return gl.maximum(left, right)
+
+
+@jit
+def _packed(p, D: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Multiples of 2⁻²⁴ → whole numbers in int8, columns in thread order, as the first factor of a product."""
+    layout: gl.constexpr = gl.DotOperandLayout(
+        operand_index=0, parent=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32]), k_width=4
+    )
     p = p.reshape([ROWS, COLUMNS // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([ROWS, COLUMNS])
     p = gl.convert_layout(p, layout)
-    whole = gl.inline_asm_elementwise(ROUND, "=r,r,r,r,r", [p], dtype=gl.int8, is_pure=True, pack=4)
-    return whole, total * fade + added, fade, peak, now
+    return gl.inline_asm_elementwise(ROUND, "=r,r,r,r,r", [p], dtype=gl.int8, is_pure=True, pack=4)
