@@ -392,8 +392,9 @@ def as_text(plan: Plan, request: Request, sizes: Sizes) -> str:
     encoder = {"device": "on the GPU" if plan.gpu else "on the CPU", "stream": "streamed to the GPU layer by layer",
                "cpu": "on the CPU"}  # fmt: skip
     early, kept = ((shown.taken(phase) + reserve) / 2**30 for phase in ("text", "decode"))
+    lines += [""] * any(map(total, shown.beside.values()))
     if total(shown.beside.get("text", {})):
-        lines += ["", f"room to spare: the first expert comes beside the text encoder, {early:.1f} GiB"]
+        lines += [f"room to spare: the first expert comes beside the text encoder, {early:.1f} GiB"]
     if total(shown.beside.get("decode", {})):
         lines += [f"room to spare: both experts stay while the VAE decodes, {kept:.1f} GiB"]
     tiles = "whole" if shown.tiles == (1, 1) else f"in {shown.tiles[0]} x {shown.tiles[1]} tiles"
