@@ -23,6 +23,8 @@ from wan22.report import Reporter
 from wan22.residency.chunks import chunk_feed_forward
 from wan22.residency.memory import Memory, empty_on_host
 from wan22.residency.streaming import evenly, pieces_of
+from wan22.sizes import Sizes, lasting_terms, text_terms, total
+from wan22.vae_sizes import decode_terms
 
 CPU = torch.device("cpu")
 LAYERS = 8
@@ -151,6 +153,90 @@ def test_feed_forward_in_chunks(tiny):
     assert (model.blocks[0].ffn(x) - whole).abs().max() < 1e-5
 
 
+@pytest.fixture
+def both(deep):
+    """A pipeline that has made one video's latents with both experts resident, and its memory."""
+    made, memory = Pipeline(deep, Precision("float32"), Placement("cpu")), Memory(CPU, has_host=True)
+    made.experts = Experts(deep, torch.float32, CPU, made.adapters, [Residency("none")], memory)
+    made.experts.use = lambda ladder: None
+    latents = made.denoise(REQUEST, Reporter())
+    assert memory.on_device.live == made.experts.bytes
+    return made, memory, latents
+
+
+def room_of(memory, nbytes):
+    """A device of so many bytes."""
+    memory.free = lambda limit: nbytes - memory.on_device.live
+
+
+@pytest.mark.parametrize("spare", [0, -1])
+def test_both_experts_stay_beside_the_decoder_where_there_is_room(both, spare):
+    """And otherwise go, rather than that it decodes in tiles."""
+    made, memory, latents = both
+    decoder = total(decode_terms(latents.shape, made.sizes.vae_width, (1, 1)))
+    room_of(memory, decoder + memory.on_device.live + spare)
+    assert made._tiles(latents, torch.float32) == (1, 1)
+    assert memory.on_device.live == (made.experts.bytes if spare == 0 else 0)
+    # The next video's are read again.
+    assert torch.equal(made.denoise(REQUEST, Reporter()), latents)
+
+
+@pytest.mark.parametrize(("spare", "prompt", "stay"), [(0, "new", True), (-1, "new", False), (-1, "a red ball", True)])
+def test_both_experts_stay_beside_the_text_encoder_where_there_is_room(both, monkeypatch, spare, prompt, stay):
+    """A prompt that is known needs none."""
+    made, memory, _ = both
+    text = total(text_terms("device", made.sizes, 4))
+    room_of(memory, text + memory.on_device.live + spare)
+    seen = []
+    encode = made.encode
+    monkeypatch.setattr(made, "encode", lambda *args: seen.append(memory.on_device.live) or encode(*args))
+    made.experts.begin = lambda *args: None
+    request = Request.from_dict({**REQUEST.to_dict(), "prompt": prompt})
+    made.denoise(request, Reporter())
+    assert seen == [made.experts.bytes if stay else 0]
+
+
+def test_the_decoder_may_have_the_experts_room(both):
+    made, memory, _ = both
+    assert made.experts.give_up() is True
+    assert memory.on_device.live == 0
+    assert made.experts.give_up() is False
+
+
+def test_a_streamed_text_encoder_leaves_the_host_without_the_garbage_collector(deep, monkeypatch):
+    """Or the pinned experts come beside it."""
+    empty, storages = text_encoder.empty_on_host, []
+
+    def watched(shape, dtype):
+        made = empty(shape, dtype)
+        storages.append(made.untyped_storage()._weak_ref())
+        return made
+
+    monkeypatch.setattr(text_encoder, "empty_on_host", watched)
+    ids = {"x": [5, 6, 1]}
+    gc.disable()
+    try:
+        streamed = text_encoder.encode_all(deep, torch.float32, CPU, ids, "stream", print)
+        assert storages
+        assert all(map(torch.UntypedStorage._expired, storages))
+    finally:
+        gc.enable()
+    whole = text_encoder.encode_all(deep, torch.float32, CPU, ids, "device", print)
+    assert torch.equal(streamed["x"], whole["x"])
+
+
+def test_prompts_keep_their_keys_and_values_alone(tiny):
+    """Packed or not, nothing of the product that they came of."""
+    model = load_expert(tiny.experts[HIGH], torch.bfloat16, CPU)
+    assert "kv" in model.blocks[0].cross_attn._modules
+    with torch.inference_mode():
+        kept = model.embed_context(torch.randn(1, 7, tiny.text_encoder.shapes["token_embedding.weight"][1]))
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for pair in kept for one in pair}
+    request = Request("x", guidance_high=1.0, guidance_low=1.0)
+    said = lasting_terms(request, Sizes.of(tiny), 2)["keys and values of prompts"]
+    assert sum(storages.values()) == said
+
+
 # --- out of memory ---------------------------------------------------------------------------------------------------
 def failing(function, at, error=torch.OutOfMemoryError, times=1):
     """A function that fails at its call of this number (from 0) and the `times − 1` that follow."""
@@ -267,15 +353,18 @@ def test_out_of_memory_while_decoding(run, tmp_path, monkeypatch):
     assert run(*TYPED, "whole.mp4")[0] == 0
     whole = read_frames("whole.mp4")[0].astype(int)
     local = vae.VideoVAE._local
-    monkeypatch.setattr(vae.VideoVAE, "_local", failing(local, 1))  # one chunk is out already
-    code, _, err = run(*TYPED, "tiles.mp4")
-    assert (code, err.count("out of memory while decoding: going on in 1 x 2 tiles")) == (0, 1)
-    assert abs(read_frames("tiles.mp4")[0].astype(int) - whole).max() <= 1
+    said = [f"out of memory while decoding: going on {how}" for how in ("without the experts", "in 1 x 2 tiles")]
+    for times, name in ((1, "alone.mp4"), (2, "tiles.mp4")):  # both experts were still there
+        monkeypatch.setattr(vae.VideoVAE, "_local", failing(local, 1, times=times))  # one chunk is out already
+        code, _, err = run(*TYPED, name)
+        assert (code, [err.count(one) for one in said]) == (0, [1, times - 1])
+        assert abs(read_frames(name)[0].astype(int) - whole).max() <= times - 1
+        (tmp_path / name).unlink()
 
     monkeypatch.setattr(vae.VideoVAE, "_local", failing(local, 1, times=99))
     code, _, err = run(*TYPED, "never.mp4")
     assert (code, "the smallest tiles" in err, "never.state.safetensors" in err) == (1, True, True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["never.state.safetensors", "tiles.mp4", "whole.mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["never.state.safetensors", "whole.mp4"]
 
     monkeypatch.setattr(vae.VideoVAE, "_local", local)
     assert run("decode", "never.state.safetensors", "--ckpt_dir", TINY)[:2] == (0, "never.mp4")

@@ -11,17 +11,16 @@ from conftest import ROOT, TINY
 
 from wan22 import cli, machine, plan
 from wan22.checkpoint import open_checkpoint
-from wan22.config import DoesNotFit, Placement, Precision, Request, RequestError, parse_bytes
+from wan22.config import GPU_RESERVE, DoesNotFit, Placement, Precision, Request, RequestError, parse_bytes
 from wan22.experts import Experts
 from wan22.load import empty_expert
 from wan22.lora import Adapters
 from wan22.machine import Room
 from wan22.model import TransformerConfig, WanTransformer
-from wan22.pipeline import Pipeline
 from wan22.plan import as_text, make_plan, pick_tiles, require
 from wan22.residency.memory import Memory
 from wan22.several.mesh import Shares
-from wan22.sizes import Sizes, block_moments, lasting_terms, reading_terms, total, weight_terms
+from wan22.sizes import Sizes, block_moments, lasting_terms, reading_terms, text_terms, total, weight_terms
 
 GIB = 1 << 30
 PUBLISHED = Sizes.published()
@@ -50,7 +49,7 @@ def test_what_would_fit_is_asked_for_each_of_several():
     asked = SIZES["720p"], Precision("float32"), Placement(), PUBLISHED, card, host
     assert require(*asked).chosen  # by one, from disk
     for gib, hint in ((30, "this would fit: --dtype bf16, with --offload auto"),
-                      (10, "no size of video would fit; see: wan22 plan")):  # fmt: skip
+                      (7, "no size of video would fit; see: wan22 plan")):  # fmt: skip
         with pytest.raises(DoesNotFit) as refused:
             require(*asked[:-1], Room(HOST.total, gib * GIB), Shares(world=4, sequence=2, processes=4))
         assert refused.value.hint == hint
@@ -290,15 +289,60 @@ def test_a_full_disk_is_told_before_torch(capsys, tmp_path, monkeypatch):
 
 
 def test_reading_early_needs_room_to_quantize_in():
-    pipe = Pipeline(open_checkpoint(TINY), Precision("int8"), Placement("cpu"))
-    request = replace(SIZES["480p"], width=64, height=64, num_frames=5)
-    made = pipe.plan(request)
-    sizes = pipe.sizes.at(pipe.precision)
-    weights = made.chosen.peak("text") + sizes.expert_bytes(2) + plan.HOST_BASE["cpu"]
-    quantizing = total(reading_terms(request, sizes, 2))
+    sizes, request = Sizes.of(open_checkpoint(TINY)), Request("x", width=64, height=64, num_frames=5)
+    int8 = Precision("int8").resolve("cpu")
+    quantizing = total(reading_terms(request, sizes.at(int8), 2))
+    weights = sizes.at(int8).expert_bytes(2)
+    text = make_plan(request, int8, Placement("cpu"), sizes, None, HOST).options[0].peak("text")
     assert quantizing > 0
-    for free, room in ((weights + quantizing - 1, False), (weights + quantizing, True)):
-        assert pipe._room_beside_text(request, replace(made, host=Room(HOST.total, free))) is room
+    for spare, early in ((-1, 0), (0, weights + quantizing)):
+        host = Room(HOST.total, text + weights + quantizing + plan.HOST_BASE["cpu"] + spare)
+        none, expert, block, _ = make_plan(request, int8, Placement("cpu"), sizes, None, host).options
+        assert [one.taken("text") - text for one in (none, expert, block)] == [early, early, 0]
+        assert [bool(one.beside.get("text")) for one in (none, block)] == [early > 0] * 2  # read ahead, for `block`
+
+
+# Most of a phase on one H100 80GB, GiB, with torch 2.11 (docs/memory.md), of the run before the keys and values of both
+# prompts gave up 0.39 GiB of old keys, which is taken off; and the host's, where no text encoder was left over.
+MEASURED = [
+    ("480p", "none", None, (10.63, 57.93, 60.05), 1.89), ("480p", "expert", None, (10.63, 30.95, 6.10), 28.82),
+    ("480p", "block", None, (10.63, 30.95, 6.10), 55.82), ("480p", "block", 8, (1.99, 6.08, 6.10), None),
+    ("720p", "none", None, (10.63, 62.10, 67.38), 2.01), ("720p", "expert", None, (10.63, 35.10, 13.39), 28.90),
+    ("720p", "block", None, (10.63, 35.10, 13.39), 55.94), ("720p", "block", 16, (10.63, 14.15, 13.39), 55.86),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "offload", "limit", "phases", "on_host"), MEASURED)
+def test_what_was_measured(size, offload, limit, phases, on_host):
+    chosen = made(78, request=SIZES[size], offload=offload, gpu_memory_limit=limit and limit * GIB).chosen
+    assert (chosen.text_encoder, chosen.tiles) == ("stream" if limit == 8 else "device", (1, 1))
+    for predicted, found in zip(("text", "denoise", "decode"), phases, strict=True):
+        taken = chosen.peak("text") if predicted == "text" else chosen.taken(predicted)
+        assert taken / GIB == pytest.approx(found, rel=0.03)
+    assert on_host is None or chosen.host_bytes / GIB == pytest.approx(on_host, rel=0.1)
+
+
+def test_what_stays_as_there_is_room_is_no_need():
+    """Both experts beside a decoder, the first one beside the text encoder: no placement is refused for either."""
+    for gpu, early, kept in ((80, 1, 1), (68, 1, 0), (64, 1, 0)):
+        none = made(gpu, offload="none").chosen
+        assert [none.taken(phase) > none.peak(phase) for phase in ("text", "decode")] == [early, kept]
+        assert none.taken("decode") + GPU_RESERVE <= gpu * GIB
+    assert total(none.beside["text"]) == PUBLISHED.expert_bytes(2)
+    expert = made(38, offload="expert").chosen
+    assert expert.beside == {}
+    text = as_text(made(80), SIZES["720p"], PUBLISHED)
+    assert "first expert comes beside the text encoder, 39.0 GiB" in text
+    assert "both experts stay while the VAE decodes, 68.7 GiB" in text
+    assert "room to spare" not in as_text(made(16), SIZES["720p"], PUBLISHED)
+
+
+def test_the_embedding_is_gone_before_there_are_scores():
+    streamed, whole = (text_terms(mode, PUBLISHED, 2) for mode in ("stream", "device"))
+    assert streamed == {"embedding": 2 * 256384 * 4096}
+    assert whole["weights"] == 2 * PUBLISHED.text_encoder
+    small = replace(PUBLISHED, text_embedding=1000)
+    assert total(text_terms("stream", small, 2)) == 2 * (PUBLISHED.text_encoder // 24) + whole["scores"]
 
 
 def test_text_is_narrow():

@@ -169,6 +169,12 @@ class Experts:
         if host:
             self._copies = []
 
+    def give_up(self) -> bool:
+        """Give the device's memory back for another part's sake; whether there was any."""
+        held = bool(self._placed or (self._coming and self._coming.placed))
+        self.release(host=False)
+        return held
+
     # --- coming to the device ------------------------------------------------------------------------------------
     def _key(self, name: str, loras: Sequence[Lora]) -> Key:
         sides = dict(zip(self.checkpoint.experts, EXPERT_SIDES, strict=True))

@@ -108,6 +108,7 @@ class CrossAttention(Attention):
         """context [B, M, E] → keys and values, each [B, M, N, D]."""
         k, v = self.project("kv", context)
         k = rms_norm(k, self.norm_k.weight, self.eps)
+        v = v.contiguous()  # a view of the packed product would keep the old keys alive too, for as long as the prompt
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
     def forward(self, x: Rows, keys_values: tuple[Tensor, Tensor]) -> Tensor:

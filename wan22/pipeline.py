@@ -20,7 +20,6 @@ from wan22.capability import resolve
 from wan22.checkpoint import Checkpoint, Parts, find_checkpoint, hub_cache, open_checkpoint
 from wan22.config import (
     DEFAULT_TASK,
-    GPU_RESERVE,
     MODEL_SPECS,
     Encoding,
     Placement,
@@ -36,24 +35,24 @@ from wan22.config import (
 from wan22.experts import Experts
 from wan22.load import DTYPES, eight_bit_of
 from wan22.lora import Adapters
+from wan22.machine import host_memory
 from wan22.output.names import default_output
 from wan22.parallel import Ranks
-from wan22.plan import COMMUNICATORS, HOST_BASE, Plan, Sizes, pick_tiles, require, require_any
+from wan22.plan import Plan, Sizes, pick_tiles, require, require_any
 from wan22.preview import Preview
 from wan22.prompt_cache import Encoded, cache_for
 from wan22.report import Reporter
 from wan22.residency.memory import limit_gpu_memory
 from wan22.sampling import denoise, describe_split, draw_noise, evaluate, first_loras, plan_steps
 from wan22.several.launch import refuse_sharded
-from wan22.several.mesh import Shares
 from wan22.several.vae_parallel import decode_together
 from wan22.several.watch import ticking
-from wan22.sizes import reading_terms, total
+from wan22.sizes import text_terms, total
 from wan22.state import Follower, RunState, begin_automatic, begin_given, read_state
 from wan22.step_cache import StepCache
 from wan22.text_encoder import Tokenizer, check_text_encoder, encode_all
 from wan22.vae import VideoVAE, check_vae, to_uint8
-from wan22.vae_sizes import Grid, rank_grid
+from wan22.vae_sizes import Grid, decode_terms, rank_grid
 from wan22.video import IfExists, check_writable, open_output
 
 
@@ -284,14 +283,15 @@ class Pipeline:
         self.experts.use(plan.ladder)
         if self.ranks:
             reporter.note(self.ranks.describe())
+        steps = plan_steps(request)
+        guided = any(step.guidance != 1 for step in steps)
+        prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
+        self._make_room_for_text(prompts, plan.chosen.text_encoder)
         cold = self.experts.first_ready is None
-        if not begun and self._room_beside_text(request, plan):
+        if not begun and "text" in plan.chosen.beside:
             # Nearly always the first one's turn; reading takes longer than all that is imported and encoded meanwhile.
             self.experts.begin(request.spec.experts[0], first_loras(request))
-        steps = plan_steps(request)
         with reporter.phase("encode the text"):
-            guided = any(step.guidance != 1 for step in steps)
-            prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
             contexts = [context.to(self.device) for context in self.encode(prompts, reporter, plan.chosen.text_encoder)]
         reporter.note(describe_split(steps, request.spec.experts))
         with reporter.phase("denoise"):
@@ -324,17 +324,6 @@ class Pipeline:
             raise RunError("the latents are not finite numbers", hint="check the files: wan22 download --check FOLDER")
         return latents.cpu()
 
-    def _room_beside_text(self, request: Request, plan: Plan) -> bool:
-        """Whether an expert may come, and what reading it takes, while the text encoder is still there."""
-        assert plan.chosen
-        shares = self.ranks.shares() if self.ranks else Shares()
-        sizes, item = self.sizes.at(self.precision), self.dtype.itemsize
-        needs = plan.chosen.peak("text") + -(-sizes.expert_bytes(item) // shares.shards)
-        needs += total(reading_terms(request, sizes, item))
-        if plan.gpu:
-            return needs + GPU_RESERVE + (shares.world > 1) * COMMUNICATORS <= plan.gpu_free
-        return shares.processes * (needs + HOST_BASE["cpu"]) <= plan.host.free
-
     def encode(self, prompts: list[str], reporter: Reporter, mode: str = "device") -> list[Tensor]:
         """Prompts → contexts, each [M, text_dim], on the CPU. The encoder leaves the device again.
 
@@ -344,6 +333,22 @@ class Pipeline:
         if not self.ranks or self.ranks.shard_text:
             return self._encode(prompts, reporter, mode)
         return self.ranks.share(self._encode(prompts, reporter, mode) if self.ranks.first else None)
+
+    def _make_room_for_text(self, prompts: list[str], mode: str) -> None:
+        """Experts of the video before stay beside the text encoder where both have room. Otherwise they go, on all
+        ranks or none, and are read again: those on the device, or in the host's memory too."""
+        ranks, sizes, item = self.ranks, self.sizes, self.dtype.itemsize
+        short = on_host = False
+        if any(prompt not in self._contexts for prompt in prompts) and (not ranks or ranks.first or ranks.shard_text):
+            on_cpu, shards = self.device.type == "cpu", ranks.mesh.world if ranks and ranks.shard_text else 1
+            needs = total(text_terms("device" if on_cpu else mode, sizes, item, shards))
+            short = needs > self.experts.memory.free(self.placement.gpu_memory_limit)
+            on_host = not on_cpu and mode != "device" and sizes.text_encoder * item > 0.9 * host_memory().free
+        if ranks:
+            found = ranks.gather((short, on_host))
+            short, on_host = (any(one) for one in zip(*found, strict=True))
+        if short or on_host:
+            self.experts.release(host=on_host)
 
     def _encode(self, prompts: list[str], reporter: Reporter, mode: str) -> list[Tensor]:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]
@@ -393,27 +398,25 @@ class Pipeline:
                 yield from decode_together(vae, latents.to(self.device), tiles, self.ranks)
             return
         vae = VideoVAE(self.checkpoint, self.device, dtype)
-        for chunk in vae.decode(latents.to(self.device), tiles, reporter.warn):
+        for chunk in vae.decode(latents.to(self.device), tiles, reporter.warn, self.experts.give_up):
             yield to_uint8(chunk)
 
     def _tiles(self, latents: Tensor, dtype: torch.dtype) -> Grid:
-        """The coarsest grid that fits beside the experts, one tile a rank or more and the same on all ranks.
-
-        Where the experts leave room for too fine a one only, they are released first."""
+        """The coarsest grid that fits, one tile a rank or more and the same on all ranks. Experts stay, for the next
+        video, where the coarsest of all fits beside them; otherwise they are released first."""
         ranks = self.ranks
         world = ranks.mesh.world if ranks else 1
 
-        def fitting() -> Grid:
+        def room() -> int:
             free = self.experts.memory.free(self.placement.gpu_memory_limit)
-            if ranks:
-                free = min(ranks.gather(free // ranks.on_this_device))
-            return pick_tiles(latents.shape, self.sizes, free, dtype.itemsize, world)
+            return min(ranks.gather(free // ranks.on_this_device)) if ranks else free
 
-        tiles = fitting()
-        if tiles != rank_grid(latents.shape, world):
+        free = room()
+        whole = decode_terms(latents.shape, self.sizes.vae_width, rank_grid(latents.shape, world), dtype.itemsize)
+        if total(whole) > free:
             self.experts.release()
-            tiles = fitting()
-        return tiles
+            free = room()
+        return pick_tiles(latents.shape, self.sizes, free, dtype.itemsize, world)
 
     def decode_file(self, file: Path, output: Path | None, overwrite: bool, reporter: Reporter) -> Path:
         """Make the video of latents that were kept, with the record in them. Raises RequestError, RunError."""

@@ -27,12 +27,15 @@ from wan22.several.mesh import Mesh, Shares, choose_mesh
 from wan22.sizes import (
     ITEM,
     SOLVER_COPIES,
+    WORKSPACE,
     Sizes,
     Terms,
     block_moments,
     cache_terms,
     host_terms,
     lasting_terms,
+    reading_terms,
+    rotary_bytes,
     text_terms,
     tokens_of,
     total,
@@ -40,7 +43,7 @@ from wan22.sizes import (
 )
 from wan22.vae_sizes import Grid, decode_terms, finer, rank_grid
 
-HOST_BASE = {"cpu": 1 << 30, "cuda": 3 << 30}  # Python with its libraries, and the driver's part; to be measured
+HOST_BASE = {"cpu": 1 << 30, "cuda": 2 << 30}  # Python with its libraries, and the driver's part: 1.8 to 1.95 GiB seen
 COMMUNICATORS = 1 << 30  # NCCL's, one for each axis that messages go along; to be measured
 SMALLER = ((1280, 720, 49), (832, 480, 81), (832, 480, 33), (480, 272, 33), (256, 256, 17))  # to be proposed
 
@@ -49,17 +52,27 @@ SMALLER = ((1280, 720, 49), (832, 480, 81), (832, 480, 33), (480, 272, 33), (256
 @dataclass(frozen=True)
 class Option:
     """One placement: what it needs, and whether that is there. Phases' figures are peaks of the device's memory; on a
-    CPU they are part of the host's."""
+    CPU they are part of the host's.
+
+    beside: what is on the device besides, in some phases, as there is room for it: an expert that comes early, and
+    experts that stay for the next video.
+    """
 
     residency: Residency
     text_encoder: str
     tiles: Grid
     phases: dict[str, Terms]
+    beside: dict[str, Terms]
     host: Terms
     lacks: str  # what there is too little of, in words; empty where it fits
 
     def peak(self, phase: str) -> int:
+        """What a phase needs."""
         return total(self.phases[phase])
+
+    def taken(self, phase: str) -> int:
+        """And with what is beside it."""
+        return self.peak(phase) + total(self.beside.get(phase, {}))
 
     @property
     def gpu_bytes(self) -> int:
@@ -114,23 +127,28 @@ def make_plan(
         request, sizes, precision, shares.sequence, shares.world // shares.sequence
     )
     activations = lasting | {f"{moment}: {name}": n for name, n in moments[moment].items()}
+    libraries = {"workspace of products": WORKSPACE} if gpu else {}
+    activations |= libraries
     if shares.world > 1 and gpu:
         activations["communicators"] = COMMUNICATORS
     budget = None
     if gpu:
         budget = min(gpu.free, placement.gpu_memory_limit or gpu.free) - GPU_RESERVE
-    text = "cpu" if placement.text_encoder == "cpu" else _text_mode(sizes, item, budget, shares.text_shards)
+    free = None if budget is None else budget - total(libraries)
+    text = "cpu" if placement.text_encoder == "cpu" else _text_mode(sizes, item, free, shares.text_shards)
     vae = ITEM[precision.vae]
-    room = (host.free - shares.processes * HOST_BASE[device]) // shares.processes if budget is None else budget
+    room = (host.free - shares.processes * HOST_BASE[device]) // shares.processes if free is None else free
     tiles = pick_tiles(request.latent_shape, sizes, room, vae, shares.world)
     phases = {
-        "text": text_terms("device" if device == "cpu" else text, sizes, item, shares.text_shards),
-        "decode": decode_terms(request.latent_shape, sizes.vae_width, tiles, vae),
+        "text": text_terms("device" if device == "cpu" else text, sizes, item, shares.text_shards) | libraries,
+        "decode": decode_terms(request.latent_shape, sizes.vae_width, tiles, vae) | libraries,
     }
     text_on_host = {} if text == "device" or device == "cpu" else {"text encoder": sizes.text_encoder * item}
     options = []
     for residency in _residencies(sizes, item, device, budget, total(activations), host, shares):
         weights = weight_terms(residency, sizes, item, shares.shards)
+        if residency.kind == "none":
+            weights["other rotary table"] = rotary_bytes(request)
         all_phases = {"text": phases["text"], "denoise": weights | activations, "decode": phases["decode"]}
         # The phases follow one another.
         pinned = host_terms(residency, sizes, item)
@@ -140,7 +158,9 @@ def make_plan(
             most = max(all_phases, key=lambda phase: total(all_phases[phase]))
             on_host |= {name: shares.processes * nbytes for name, nbytes in all_phases[most].items()}
         on_host["frames"] = 2 * 4 * 3 * request.width * request.height * (request.num_frames if tiles != (1, 1) else 4)
-        options.append(Option(residency, text, tiles, all_phases, on_host, _lack(all_phases, on_host, budget, host)))
+        beside = _beside(residency, request, all_phases, sizes, item, room + total(libraries), shares)
+        lacks = _lack(all_phases, on_host, budget, host)
+        options.append(Option(residency, text, tiles, all_phases, beside, on_host, lacks))
     wanted = [o for o in options if placement.offload in ("auto", o.residency.kind)]
     chosen = next((option for option in wanted if not option.lacks), None)
     # An mp4 of 0.15 bytes a pixel at most, by what was seen; the state: latents and the solver's copies.
@@ -301,6 +321,21 @@ def _residencies(
     yield Residency("disk", resident, 0)
 
 
+def _beside(
+    residency: Residency, request: Request, phases: dict[str, Terms], sizes: Sizes, item: int, room: int, shares: Shares
+) -> dict[str, Terms]:
+    """What pipeline.py has on the device for time's sake, in `room` bytes: the first expert while the text is encoded,
+    in the page cache alone where it will be streamed; both experts while the VAE decodes, whole."""
+    beside: dict[str, Terms] = {}
+    expert = -(-sizes.expert_bytes(item) // shares.shards)
+    early = {"first expert": expert, **reading_terms(request, sizes, item)}
+    if total(phases["text"]) + total(early) + (shares.world > 1) * COMMUNICATORS <= room:
+        beside["text"] = early if residency.kind in ("none", "expert") else {"first expert, in the page cache": 0}
+    if residency.kind == "none" and total(phases["decode"]) + 2 * expert <= room:
+        beside["decode"] = {"experts": 2 * expert}
+    return beside
+
+
 def _text_mode(sizes: Sizes, item: int, budget: int | None, shards: int = 1) -> str:
     for mode in ("device", "stream"):
         if budget is None or total(text_terms(mode, sizes, item, shards)) <= budget:
@@ -356,6 +391,12 @@ def as_text(plan: Plan, request: Request, sizes: Sizes) -> str:
     shown = plan.chosen or plan.options[-1]
     encoder = {"device": "on the GPU" if plan.gpu else "on the CPU", "stream": "streamed to the GPU layer by layer",
                "cpu": "on the CPU"}  # fmt: skip
+    early, kept = ((shown.taken(phase) + reserve) / 2**30 for phase in ("text", "decode"))
+    lines += [""] * any(map(total, shown.beside.values()))
+    if total(shown.beside.get("text", {})):
+        lines += [f"room to spare: the first expert comes beside the text encoder, {early:.1f} GiB"]
+    if total(shown.beside.get("decode", {})):
+        lines += [f"room to spare: both experts stay while the VAE decodes, {kept:.1f} GiB"]
     tiles = "whole" if shown.tiles == (1, 1) else f"in {shown.tiles[0]} x {shown.tiles[1]} tiles"
     lines += ["", f"text encoder {encoder[shown.text_encoder]}, VAE {tiles}",
               f"disk: {gib(sizes.files)} of weights, {gib(plan.disk_bytes)} for the video and its state"]  # fmt: skip
@@ -374,7 +415,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             {"offload": option.residency.kind, "resident_blocks": option.residency.resident_blocks,
              "host_experts": option.residency.host_experts, "text_encoder": option.text_encoder,
              "vae_tiles": list(option.tiles), "lacks": option.lacks, "gpu_reserve_bytes": GPU_RESERVE,
-             "phases": option.phases, "host": option.host}
+             "phases": option.phases, "beside": option.beside, "host": option.host}
             for option in plan.options
         ],
     }  # fmt: skip

@@ -19,6 +19,9 @@ Terms = dict[str, int]  # bytes by name
 ITEM = {"float32": 4, "bf16": 2, "fp8": 2, "int8": 2}  # bytes of what is not always float32 and not in 8 bits
 KEPT_FLOAT32 = ("patch_embedding", "time_embedding", "time_projection", "head.", "modulation", "norm")  # by model.py
 SOLVER_COPIES = 8  # of the latents: noise, solver history, two velocities, their combination
+# Of torch's cuBLAS, for good, by its default: 32 MiB on Hopper and Blackwell (8 on cards before). See its
+# aten/src/ATen/cuda/CublasHandlePool.cpp.
+WORKSPACE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -150,9 +153,14 @@ def lasting_terms(request: Request, sizes: Sizes, item: int) -> Terms:
     return {
         "keys and values of prompts": _branches(request) * sizes.num_layers * 2 * sizes.text_len * sizes.dim * item,
         "latents and solver": SOLVER_COPIES * 4 * prod(request.latent_shape),
-        "rotary table": 2 * 4 * tokens_of(request) * 64,
+        "rotary table": rotary_bytes(request),
         **reading_terms(request, sizes, item),
     }
+
+
+def rotary_bytes(request: Request) -> int:
+    """An expert's cosines and sines, float32, of 64 pairs a token."""
+    return 2 * 4 * tokens_of(request) * 64
 
 
 def reading_terms(request: Request, sizes: Sizes, item: int) -> Terms:
@@ -214,7 +222,10 @@ def text_terms(mode: str, sizes: Sizes, item: int, shards: int = 1) -> Terms:
     attention makes scores in the weights' dtype and in float32, and the position bias."""
     if mode == "cpu":
         return {}
-    weights = sizes.text_encoder if mode == "device" else max(sizes.text_embedding, sizes.text_encoder // 24)
+    scores = sizes.text_heads * sizes.text_len**2 * (3 * item + 8)
+    weights = item * (sizes.text_encoder if mode == "device" else sizes.text_encoder // 24)
     if shards > 1:  # the embedding is whole all along, and two layers
-        weights = sizes.text_encoder // shards + sizes.text_embedding + sizes.text_encoder // 12
-    return {"weights": weights * item, "scores": sizes.text_heads * sizes.text_len**2 * (3 * item + 8)}
+        weights = item * (sizes.text_encoder // shards + sizes.text_embedding + sizes.text_encoder // 12)
+    elif mode == "stream" and item * sizes.text_embedding > weights + scores:
+        return {"embedding": item * sizes.text_embedding}  # which is gone before there are scores
+    return {"weights": weights, "scores": scores}

@@ -3,6 +3,7 @@
 Legend: M text tokens (with the end token, no padding), E the encoder's width.
 """
 
+import gc
 import html
 import re
 from collections.abc import Callable, Mapping
@@ -109,10 +110,15 @@ def encode_all(
         try:
             on = torch.device("cpu") if modes[0] == "cpu" else device
             encoder = TextEncoder(checkpoint, dtype, on, modes[0] == "stream", ranks)
-            return {prompt: encoder(tokens).cpu() for prompt, tokens in ids.items()}
+            contexts = {prompt: encoder(tokens).cpu() for prompt, tokens in ids.items()}
+            trouble = ""
         except OUT_OF_MEMORY as error:
             trouble = f"out of memory while encoding the text: {str(error).partition('. ')[0]}"
         encoder = None  # type: ignore[assignment]
+        if modes[0] == "stream":
+            gc.collect()  # accelerate's hooks hold a module in cycles, and with it all weights in the host's memory
+        if not trouble:
+            return contexts
         if not modes[1:]:
             raise RunError(trouble, hint="see what it needs: wan22 plan")
         modes = modes[1:]

@@ -46,15 +46,16 @@ class VideoVAE:
 
     @torch.inference_mode()
     def decode(
-        self, latents: Tensor, tiles: Grid = (1, 1), warn: Callable[[str], None] = lambda text: None
-    ) -> Iterator[Tensor]:
+        self, latents: Tensor, tiles: Grid = (1, 1), warn: Callable[[str], None] = lambda text: None,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Tensor]:  # fmt: skip
         """latents [C, T, H, W] float32, normalized → chunks [F, 3, 8H, 8W] float32 in -1…1: of 1 frame, then of 4 a
         latent frame.
 
         The VAE is causal in time and keeps the last two frames of every convolution's input, so the chunks of a
-        stream equal those of the whole. tiles: rows and columns of a grid. Where memory runs out the rest comes from
-        shorter chunks, then from smaller tiles, which `warn` is told. Raises RunError where they are as small as can
-        be.
+        stream equal those of the whole. tiles: rows and columns of a grid. Where memory runs out `give_up` frees what
+        others have on the device, if it says so; then the rest comes from shorter chunks, then from smaller tiles.
+        `warn` is told. Raises RunError where they are as small as can be.
         """
         done, grid, step = 0, tiles, self.chunk
         while True:
@@ -66,6 +67,9 @@ class VideoVAE:
                 return
             except OUT_OF_MEMORY as error:
                 trouble = str(error).partition(". ")[0]
+            if give_up():
+                warn("out of memory while decoding: going on without the experts on the device")
+                continue
             smaller = grid if step > 1 else finer(grid, latents.shape)
             if not smaller:
                 raise RunError(f"out of memory while decoding, in the smallest tiles: {trouble}")
