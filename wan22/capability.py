@@ -31,8 +31,8 @@ def capability_of(device: str) -> Capability | None:
 def preset(name: str, capability: Capability | None) -> dict[str, Any]:
     """The settings of a Precision that a preset stands for on this card. Raises RequestError where it has none.
 
-    exact: nothing approximated. high: 8-bit feed-forward and attention; the VAE in bf16. fast: all products in 8 bits and
-    the step cache beside. Their measured drift: docs/speed.md.
+    exact: nothing approximated. high: 8-bit feed-forward and attention; the VAE in bf16. fast: all products in 8 bits
+    and the step cache beside. Their measured drift: docs/speed.md.
     """
     if name not in PRESETS:
         raise RequestError(f"--precision {name}: unknown", hint=f"known: {', '.join(PRESETS)}")

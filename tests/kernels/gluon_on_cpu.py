@@ -204,7 +204,8 @@ HOPPER = SimpleNamespace(
     mbarrier=SimpleNamespace(
         MBarrierLayout=lambda: "barriers", init=lambda barrier, count: barrier.init(count),
         wait=lambda barrier, parity, pred=True: barrier.wait(parity) if pred else None,
-        arrive=lambda barrier, pred=True: barrier.change(1, 0) if pred else None, expect=lambda barrier, length: barrier.change(1, length),
+        arrive=lambda barrier, pred=True: barrier.change(1, 0) if pred else None,
+        expect=lambda barrier, length: barrier.change(1, length),
     ),
     tma=SimpleNamespace(async_load=lambda descriptor, *rest: descriptor.copy(*rest)),
     TensorDescriptor=SimpleNamespace(from_tensor=lambda tensor, shape, _: Descriptor(tensor, shape)),

@@ -112,9 +112,11 @@ def test_values_as_the_kernel_wants_them(forced, device, kind):
     assert differing < (0.06 if kind == FP8 and device.type == "cpu" else 0.002)  # FP8 in the interpreter loses carries
 
 
-# Length, keys, head dim of what Hopper's kernel is tried on: less than a tile of keys, more than one, an odd number of
-# tiles, and more blocks than there is room for at a time.
-SHAPES = pytest.mark.parametrize(("length", "keys", "dim"), [(300, 1100, 128), (64, 20, 64), (65, 129, 64), (9, 1500, 64)])
+# Of what Hopper's kernel is tried on: less than a tile of keys, more than one, an odd number of tiles, and more blocks
+# than there is room for at a time.
+SHAPES = pytest.mark.parametrize(
+    ("length", "keys", "dim"), [(300, 1100, 128), (64, 20, 64), (65, 129, 64), (9, 1500, 64)]
+)
 
 
 def uneven(length, keys, dim):
@@ -145,8 +147,8 @@ def test_hopper(monkeypatch, forced, length, keys, dim):
 )
 @SHAPES
 def test_hopper_on_the_chip(length, keys, dim):
-    """The same whole numbers through the kernel and through its stand-in. (To the plain form it would say less here: the
-    chip rotates in tf32, and one step of an INT8 key ten times as large as the others moves a softmax.)"""
+    """The same whole numbers through the kernel and through its stand-in. (To the plain form it would say less here:
+    the chip rotates in tf32, and one step of an INT8 key ten times as large as the others moves a softmax.)"""
     q, k, v = (x.cuda() for x in uneven(length, keys, dim))
     with torch.inference_mode():
         q8, q_scale, k8, k_scale = prepare(q, k, attention_hopper.KEYS)

@@ -36,7 +36,8 @@ WORK = [  # kernel, constants, tensors whose dtype is not float32
       for kernel in (gelu._quantize_kernel, rows._kernel)),
     *((product._kernel, {"C": 320, "GROUP": 8, **{name: number for name, number in blocks.items() if name.isupper()}},
        {"x": "*i8", "weight": "*i8", "bias": "*bf16", "out": "*bf16"}) for blocks in (product.LARGE, product.SMALL)),
-    *((attention._rotate_kernel, {"D": 64, "ROWS": 64, "BLOCK": shared, "BLOCKS": 8}, {"out": "*i8"}) for shared in (True, False)),
+    *((attention._rotate_kernel, {"D": 64, "ROWS": 64, "BLOCK": shared, "BLOCKS": 8}, {"out": "*i8"})
+      for shared in (True, False)),
     *((attention._transpose_kernel, {"D": 64, "ROWS": 64, "LARGEST": most, "ORDERED": ordered},
        {"v": "*bf16", "out": kind}) for ordered, (most, kind) in ((False, EIGHT[0]), (True, EIGHT[1]))),
     *((attention._attend_kernel, block | {"PV": pv}, {"v": kind, "out": "*bf16"})
@@ -72,9 +73,9 @@ if hopper.GLUON:
         source = GluonASTSource(hopper.attend_kernel, signature, constants, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
         ptx = compiled.asm["ptx"]
-        assert ptx.count("wgmma.wait_group.sync.aligned 1") == 4, "both tiles' scores are multiplied together"
-        # Probabilities stay with their threads: what blocks exchange is the largest of each of two rows; at the end, a sum.
-        assert ptx.count("shfl.sync") == 1 + 2 * (2 * 4 + 4), "a warp's number; of two warpgroups, loop, last block, end"
+        assert ptx.count("wgmma.wait_group.sync.aligned 1") == 4, "a block's scores are multiplied together"
+        # Probabilities stay with their threads: blocks exchange the largest of each of two rows; at the end, a sum.
+        assert ptx.count("shfl.sync") == 1 + 2 * (2 * 4 + 4), "a warp's number; two warpgroups: loop, last block, end"
         assert "stmatrix" not in ptx
         print(90, hopper.attend_kernel.__module__, compiled.metadata.shared, len(compiled.asm["cubin"]))
 """

@@ -4,16 +4,16 @@ Triton waits for every product as soon as it has begun it; the tensor cores then
 its lower level, lets a kernel say when to wait. The numbers are those of attention_8bit.py with `int8` values, whose
 plain form is this one's too.
 
-A program holds 128 queries of one head. Two warpgroups have 64 of them each, and a warp beside them fetches tiles of keys
-and values (FlashAttention-3, Shah et al. 2024, section 3.1). The warpgroups take turns at the tensor cores (there,
+A program holds 128 queries of one head. Two warpgroups have 64 of them each, and a warp beside them fetches tiles of
+keys and values (FlashAttention-3, Shah et al. 2024, section 3.1). The warpgroups take turns at the tensor cores (there,
 "ping-pong"): left alone they fall into step, and then both multiply and both wait. What decides the speed are the
 instructions a score, of which an H100 has time for about eight beside 8-bit products, half as many of them on its
 integer pipe, which converts, compares and permutes:
 
 - Two tiles of 128 keys are a block, with one scale of keys, and one largest score to which a query's probabilities are
-  relative: sums over keys are converted and added once a block. They are kept relative to the largest score of the block
-  that came last, not of all so far: going on to the next block is then one multiplication and addition, the same that
-  adds the block's own sum.
+  relative: sums over keys are converted and added once a block. They are kept relative to the largest score of the
+  block that came last, not of all so far: going on to the next block is then one multiplication and addition, the same
+  that adds the block's own sum.
 - Scores are summed on top of BIASED, so that their bits are a float32 number (BIAS + score) and need no conversion.
 - A probability is a multiple of 2⁻²⁴: the conversion to float16, whose smallest number that is, rounds it, and leaves
   the whole number 0 … 127 in the lowest byte.
@@ -186,7 +186,7 @@ def _consume(
     part: gl.constexpr, scales, queries, tiles, turn, place, target,
     D: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: ROWS queries over all keys. No product is under way when the loop turns: ptxas would wait for it."""
+    """One warpgroup: ROWS queries over all keys. No product is under way when the loop turns; ptxas would wait."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
@@ -216,7 +216,7 @@ def _consume(
     two = gl.where((columns + COLUMNS < keys)[None, :], two.to(gl.float32, bitcast=True), -3e38)
     rate = step * gl.load(k_scale + last)
     state = _add(one, two, rate, state, tiles[1], last, turn, None, D, ROWS, COLUMNS, SLOTS)
-    result, total, peak, base = state
+    result, total, _, _ = state
 
     out, sample, head, heads = target
     d = gl.arange(0, D, gl.SliceLayout(0, sums_layout))
