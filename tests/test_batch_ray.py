@@ -202,7 +202,7 @@ def test_one_precision_for_all_nodes(tmp_path):
         flags |= {"precision": precision, "convert_model_dtype": False}
         return Work(flags, Base({}, {}, {}), tmp_path, device=device)
 
-    for answer, weights, attention in (((8, 0), "int8", "int8-bf16"), ((9, 0), "fp8", "auto"), (None, "fp8", "int8")):
+    for answer, weights, attention in (((8, 0), "int8", "int8-bf16"), ((9, 0), "fp8", "int8"), (None, "fp8", "int8")):
         found = batch_ray._definite(cluster_of(answer), work("cuda:0", "high"))
         assert (found.base.precision["weights"], found.base.precision["attention"]) == (weights, attention)
         assert found.flags["precision"] is None

@@ -1,5 +1,6 @@
 """What a kill costs: the state beside the output, who may go on with it, and that the bits are the same."""
 
+import contextlib
 import errno
 import json
 import os
@@ -194,6 +195,20 @@ def test_a_signal_that_a_library_swallows_comes_again(capsys, elsewhere, stop_at
     code, _, err = run(capsys, *TYPED, "--output", "v.mp4")
     assert (code, "Traceback" in err, "step 3 of" in err) == (143, False, True)
     assert files(elsewhere) == ["v.state.safetensors"]
+
+
+def test_what_fails_after_a_signal_was_swallowed_is_its_end(capsys, elsewhere, stop_at):
+    def half_imported():
+        with contextlib.suppress(SystemExit):  # as an import does that some library tries
+            os.kill(os.getpid(), signal.SIGINT)
+            [None for _ in range(1000)]
+        raise AttributeError("module 'numpy' has no attribute 'matrix'")
+
+    stop_at(3, half_imported)
+    code, _, err = run(capsys, *TYPED, "--output", "v.mp4")
+    assert (code, "numpy" in err, err.splitlines()[-1].startswith("interrupted; ")) == (130, False, True)
+    assert files(elsewhere) == ["v.state.safetensors"]
+    assert run(capsys, *TYPED, "--output", "v.mp4")[0] == 0
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

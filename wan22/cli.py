@@ -55,7 +55,7 @@ from wan22.options import (
 from wan22.output.names import NOT_ALLOWED, next_free, reason
 from wan22.several.mesh import Mesh, Shares
 from wan22.several.watch import Member, News, announce, of_another
-from wan22.signals import STOPPED, UNREAD, never_swallowed, stop
+from wan22.signals import ASKED, STOPPED, UNREAD, never_swallowed, stop
 from wan22.state import is_finished
 from wan22.streams import open_streams
 from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
@@ -548,6 +548,7 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     words, debug = normalize(argv)
     _running.words, _running.member = argv, None
+    ASKED.clear()
     if not debug:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         warnings.simplefilter("ignore")
@@ -560,13 +561,13 @@ def main(argv: list[str]) -> int:
             code = app(args=words, prog_name="wan22", standalone_mode=False) or 0
             sys.stdout.flush()  # what is wrong with it shall be told, too
     except SystemExit as error:
-        if (member := _running.member) and (error.code in STOPPED or error.code == UNREAD):
-            line = STOPPED.get(error.code, "nobody reads stdout any more")
-            return member.fail(News("stopped", member.rank, line, (), int(error.code)))
-        if error.code in STOPPED and launching.WATCH not in os.environ:  # else who started this one says it
-            print("; ".join([STOPPED[error.code], *notes(error)]), file=sys.stderr)
-        raise
+        return _stopped(error)
     except Exception as error:
+        if ASKED:  # a library that was being imported swallowed it, and is not whole
+            end = SystemExit(128 + ASKED[0])
+            for note in notes(error):
+                end.add_note(note)
+            return _stopped(end)
         if member := _running.member:
             if debug:
                 traceback.print_exc()
@@ -579,6 +580,16 @@ def main(argv: list[str]) -> int:
     if _running.member:
         _running.member.leave()
     return code
+
+
+def _stopped(end: SystemExit) -> int:
+    """The end that a signal asked for, or a stdout that nobody reads, is told; others go on as they are."""
+    if (member := _running.member) and (end.code in STOPPED or end.code == UNREAD):
+        line = STOPPED.get(end.code, "nobody reads stdout any more")
+        return member.fail(News("stopped", member.rank, line, (), int(end.code)))
+    if end.code in STOPPED and launching.WATCH not in os.environ:  # else who started this one says it
+        print("; ".join([STOPPED[end.code], *notes(end)]), file=sys.stderr)
+    raise end
 
 
 def tell_others(error: Exception, member: Member) -> int:

@@ -12,10 +12,12 @@ from typing import Any, NoReturn
 STOPPED = {130: "interrupted", 143: "terminated"}
 UNREAD = 141  # SIGPIPE: nobody reads stdout any more
 AGAIN = 0.02  # seconds, in which the code that swallowed a signal comes to its end
+ASKED: list[int] = []  # signals that came to `stop`
 
 
 def stop(signum: int, frame: object) -> NoReturn:
     """A handler. Not KeyboardInterrupt, of which typer would keep the number alone."""
+    ASKED.append(signum)
     raise SystemExit(128 + signum)
 
 
