@@ -34,7 +34,9 @@ from wan22.report import Reporter
 from wan22.sampling import denoise, draw_noise, plan_steps
 from wan22.step_cache import MOST_SKIPPED, StepCache
 
-PROMPTS = ("a red circle moves to the right", "a green square moves up", "a large blue triangle falls")
+PROMPTS = (
+    "a red circle moves to the right", "a green square moves up", "a large blue triangle falls", "一颗黄色的星星在旋转",
+)  # fmt: skip
 # name → cache-dit's settings: threshold, the most in a row, the most of each expert's steps (-1: any), TaylorSeer
 CACHE_DIT = {
     "its example": (0.08, 2, (8, 20), True),
@@ -155,7 +157,7 @@ def main() -> None:
     parser.add_argument("--thresholds", default="0.04,0.08,0.12,0.16,0.2")
     parser.add_argument("--in-a-row", default=f"{MOST_SKIPPED}", help="of ours, steps that are skipped; several: 2,3")
     parser.add_argument("--against", choices=("cache-dit",))
-    parser.add_argument("--prompts", type=int, default=2, help="at most 3")
+    parser.add_argument("--prompts", type=int, default=2, help="at most 4")
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
     if args.against:
