@@ -71,6 +71,15 @@ def test_nobody_reads_stdout():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_lines_come_in_the_order_in_which_they_are_said(unbuffered):
+    said = "import sys; from wan22.streams import open_streams; open_streams(); "
+    said += "print('first', file=sys.stderr); print('second', flush=True); print('third', file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", said], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, check=True)  # fmt: skip
+    assert done.stdout.splitlines() == ["first", "second", "third"]
+
+
 def closed_pipe():
     reading, writing = os.pipe()
     os.close(reading)

@@ -404,7 +404,7 @@ def as_text(plan: Plan, request: Request, sizes: Sizes) -> str:
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """The whole plan, term by term, in bytes. Seconds are not in it as long as no card's rates are measured."""
+    """The whole plan, term by term, in bytes. Seconds are not predicted."""
     return {
         "gpu": vars(plan.gpu) if plan.gpu else None,
         "gpu_limit": plan.gpu_limit,

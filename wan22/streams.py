@@ -37,7 +37,9 @@ class Stream(io.TextIOWrapper):
     pipe whose reader has gone, as any program, else by RunError."""
 
     def __init__(self, plain: io.TextIOWrapper, errors: str) -> None:
-        super().__init__(plain.buffer, plain.encoding, errors, line_buffering=plain.line_buffering)
+        # PYTHONUNBUFFERED and -u say write_through instead of line_buffering; without it all lines came at the end.
+        super().__init__(plain.buffer, plain.encoding, errors, line_buffering=plain.line_buffering,
+                         write_through=plain.write_through)  # fmt: skip
         self._plain = plain  # which else would be closed, and the buffer with it
 
     def write(self, text: str) -> int:
