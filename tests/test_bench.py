@@ -63,6 +63,13 @@ def test_rows(run):
     assert table["run"]["seconds"] == pytest.approx(80 * table["forward"]["seconds"])
 
 
+def test_lines_fit_a_terminal(run):
+    code, out, _ = run("--repeats", "1")
+    assert code == 0
+    assert [line for line in out.splitlines() if len(line) > 80] == []
+    assert "None" not in out  # a setting that counts for nothing is not told
+
+
 @pytest.mark.parametrize("offload", ["auto", "expert", "block", "disk"])
 def test_text_and_placements(run, offload):
     code, out, _ = run("--quick", "--offload", offload)

@@ -7,6 +7,7 @@ Every measurement is a row, told as soon as it is known: a dict whose `kind` say
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -345,8 +346,8 @@ def as_text(row: Row) -> str:
 
 
 def _work(row: Row) -> str:
-    precision = ", ".join(f"{name} {value}" for name, value in row["precision"].items())
-    return (f"{row['device']}, torch {row['torch']}; {row['width']}x{row['height']}, {row['frames']} frames: "
+    precision = ", ".join(f"{name} {value}" for name, value in row["precision"].items() if value is not None)
+    return (f"{row['device']}, torch {row['torch']}\n{row['width']}x{row['height']}, {row['frames']} frames: "
             f"{row['tokens']:,} tokens, {row['layers']} layers of width {row['dim']}\n{precision}; --offload "
             f"{row['offload']}\none forward: {row['product_flops'] / 1e15:.4g} PFLOP of products, "
             f"{row['attention_flops'] / 1e15:.4g} PFLOP of attention\n\n"
@@ -373,7 +374,11 @@ def _alone(name: str, row: Row) -> str:
 def _floor(row: Row) -> str:
     parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in row["parts"].items())
     fastest = ", ".join(f"{name} by {backend}" for name, backend in row["backends"].items())
-    return f"{'floor':<32}{row['seconds']:26.3f}  {parts} ({fastest})\n"
+    return f"{'floor':<32}{row['seconds']:26.3f}\n{_below(parts)}\n{_below(fastest)}\n"
+
+
+def _below(told: str) -> str:
+    return textwrap.fill(told, 80, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _forward(row: Row) -> str:
@@ -391,7 +396,7 @@ def _forward(row: Row) -> str:
     if row["gpu_bytes"]:
         predicted = f", predicted {gib(row['predicted_bytes'])}" if "predicted_bytes" in row else ""
         told.append(f"peak {gib(row['gpu_bytes'])}{predicted}")
-    return f"{'forward, ' + name:<32}{row['seconds']:26.3f}  {', '.join(told)}"
+    return f"{'forward, ' + name:<32}{row['seconds']:26.3f}\n{_below(', '.join(told))}"
 
 
 def _parts(row: Row) -> str:
@@ -403,7 +408,7 @@ def _run(row: Row) -> str:
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["phases"].items())
     name = f"{row['steps']} steps, {row['evaluations']} forwards"
     less = "; less what the step cache spares, which is not measured here" if row["step_cache"] else ""
-    return f"{name:<32}{row['seconds']:26.1f}  extrapolated: {phases}{less}"
+    return f"{name:<32}{row['seconds']:26.1f}\n{_below('extrapolated: ' + phases + less)}"
 
 
 _TEXTS: dict[str, Callable[[Row], str]] = {
