@@ -55,7 +55,7 @@ from wan22.options import (
 from wan22.output.names import NOT_ALLOWED, next_free, reason
 from wan22.several.mesh import Mesh, Shares
 from wan22.several.watch import Member, News, announce, of_another
-from wan22.signals import ASKED, STOPPED, UNREAD, never_swallowed, stop
+from wan22.signals import STOPPED, UNREAD, never_swallowed, stop
 from wan22.state import is_finished
 from wan22.streams import open_streams
 from wan22.video import IfExists, check_sidecar, check_writable, write_sidecar
@@ -548,7 +548,6 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     words, debug = normalize(argv)
     _running.words, _running.member = argv, None
-    ASKED.clear()
     if not debug:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         warnings.simplefilter("ignore")
@@ -563,11 +562,6 @@ def main(argv: list[str]) -> int:
     except SystemExit as error:
         return _stopped(error)
     except Exception as error:
-        if ASKED:  # a library that was being imported swallowed it, and is not whole
-            end = SystemExit(128 + ASKED[0])
-            for note in notes(error):
-                end.add_note(note)
-            return _stopped(end)
         if member := _running.member:
             if debug:
                 traceback.print_exc()

@@ -7,18 +7,29 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from types import FrameType
+from typing import Any
 
 STOPPED = {130: "interrupted", 143: "terminated"}
 UNREAD = 141  # SIGPIPE: nobody reads stdout any more
-AGAIN = 0.02  # seconds, in which the code that swallowed a signal comes to its end
-ASKED: list[int] = []  # signals that came to `stop`
+AGAIN = 0.02  # seconds, in which the code that a signal should not stop, or that swallowed it, comes to its end
+IMPORTS = "<frozen importlib._bootstrap>"
 
 
-def stop(signum: int, frame: object) -> NoReturn:
-    """A handler. Not KeyboardInterrupt, of which typer would keep the number alone."""
-    ASKED.append(signum)
+def stop(signum: int, frame: FrameType | None) -> None:
+    """A handler. Not KeyboardInterrupt, of which typer would keep the number alone. An import ends first: cut off in
+    it, libraries in C++ end the process with words of their own, and others go on without a part of themselves."""
+    while frame:
+        if frame.f_code.co_filename == IMPORTS:
+            return _come_again(signum)
+        frame = frame.f_back
     raise SystemExit(128 + signum)
+
+
+def _come_again(signum: int) -> None:
+    again = threading.Timer(AGAIN, os.kill, (os.getpid(), signum))
+    again.daemon = True
+    again.start()
 
 
 @contextlib.contextmanager
@@ -28,9 +39,7 @@ def never_swallowed() -> Any:
 
     def heard(unraisable: Any) -> None:
         if isinstance(unraisable.exc_value, SystemExit) and unraisable.exc_value.code in STOPPED:
-            again = threading.Timer(AGAIN, os.kill, (os.getpid(), int(unraisable.exc_value.code) - 128))
-            again.daemon = True
-            again.start()
+            _come_again(int(unraisable.exc_value.code) - 128)
         else:
             before(unraisable)
 
