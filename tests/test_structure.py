@@ -41,7 +41,7 @@ FLOORS = [
     {"journal", "streams"},
     {"names", "report", "verify", "claim"},
     {"memory", "capability"},
-    {"machine", "vae_sizes", "work", "clock", "part_shapes", "launch"},
+    {"machine", "vae_sizes", "work", "rates", "clock", "part_shapes", "launch"},
     {"mesh", "watch", "signals"},
     {"config"},
 ]

@@ -359,8 +359,10 @@ def convert(
 
 @app.command()
 def plan(
-    size: Annotated[str, typer.Option(help="1280*720, 720p, 480p; any multiples of 16.")] = "720p",
+    size: Annotated[str | None, typer.Option(help="1280*720, 720p, 480p; any multiples of 16.")] = None,
     frames: Annotated[int | None, typer.Option("--frames", "--frame-num", help="4n + 1.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", "--sample-steps", help="Solver steps.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", "--sample-guide-scale", help="1 is off.")] = None,
     precision: Precise = None,
     dtype: Dtype = None,
     scope: Scope = None,
@@ -370,17 +372,23 @@ def plan(
     dit_fsdp: Annotated[bool, typer.Option("--dit-fsdp", help="Each GPU keeps a part of the experts.")] = False,
     gpu_memory: Annotated[str | None, typer.Option(help="As if so much were free: 24GiB; 0 for none.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="As if so much were free: 64GiB.")] = None,
+    rates: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Seconds by what `bench --decode --text --json` printed.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Default: the published model's sizes.")] = None,
     ckpt_dir: Annotated[str | None, typer.Option(help="The folder of weights.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="Every term, in bytes, as one JSON object.")] = False,
 ) -> None:
-    """Say what a video needs of memory and disk, and which placement it would take; exit 3 when nothing fits."""
+    """Say what a video needs of memory, disk and, on a card that was measured, time, and which placement it would
+    take; exit 3 when nothing fits."""
     flags = {**dict(locals()), "attention": None, "step_cache": None, "convert_model_dtype": False, "vae_dtype": None,
              "device": "cpu" if gpu_memory == "0" else None}  # fmt: skip
     # A card that is only imagined can do all that there is.
     precise = read_precision(flags, Base({}, {}, {}), ADA if gpu_memory not in (None, "0") else None)
-    width, height = parse_size(size)
-    request = Request("x", width=width, height=height, **given(num_frames=frames))
+    width, height = parse_size(size) if size is not None else (None, None)
+    wanted = given(width=width, height=height, num_frames=frames, num_steps=steps, guidance_high=guidance,
+                   guidance_low=guidance)  # fmt: skip
+    request = Request.from_dict({"prompt": "x", **Base.of_preset(None, model).request, **wanted})
     sizes = planning.Sizes.published()
     if model or ckpt_dir:
         sizes = planning.Sizes.of(open_checkpoint(find_checkpoint(model, ckpt_dir)))
@@ -389,9 +397,16 @@ def plan(
     launching.refuse_lonely(placement, precise, launching.Team())
     mesh, shares = planning.spread(request, placement, sizes)
     made = planning.make_plan(request, precise, placement, sizes, gpu, host, shares=shares)
-    if mesh.world > 1 and not json_lines:
-        print(f"each of {mesh.world}: {mesh}" + (", experts sharded" if dit_fsdp else ""))
-    print(json.dumps(planning.as_dict(made)) if json_lines else planning.as_text(made, request, sizes))
+    evaluations = request.num_steps * (2 if request.guided else 1)
+    time = planning.seconds(made, request, precise, sizes, mesh, evaluations, rates)
+    if json_lines:
+        print(json.dumps(planning.as_dict(made) | {"seconds": time and time.phases}))
+    else:
+        if mesh.world > 1:
+            print(f"each of {mesh.world}: {mesh}" + (", experts sharded" if dit_fsdp else ""))
+        print(planning.as_text(made, request, sizes))
+        if time:
+            print(f"time: {time}\n  as measured on {time.card[:40]}; reading weights comes besides")
     raise typer.Exit(0 if made.chosen else 3)
 
 
@@ -496,6 +511,8 @@ def describe(
     steps, (start, stop) = plan_steps(request), (request.guidance_start, request.guidance_stop)
     scope = f" ({pipeline.precision.scope})" if pipeline.precision.scope else ""
     plan = planning.require_here(request, pipeline.precision, pipeline.placement, pipeline.sizes, shares)
+    evaluations = sum(1 if step.guidance == 1 else 2 for step in steps)
+    time = planning.seconds(plan, request, pipeline.precision, pipeline.sizes, mesh, evaluations)
     facts = {
         "prompt": request.prompt,
         **({"extended by": str(extension)} if extension else {}),
@@ -514,6 +531,7 @@ def describe(
         **({"step cache": pipeline.precision.step_cache} if pipeline.precision.step_cache else {}),
         **({"VAE": pipeline.precision.vae} if pipeline.precision.vae != Precision.vae else {}),
         "device": str(pipeline.device) if mesh.world == 1 else f"{mesh.world} of {pipeline.device.type}: {mesh}",
+        **({"time": f"{time}, as measured on {time.card}"} if time else {}),
         "output": str(target),
     }
     if as_json:

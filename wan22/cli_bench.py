@@ -64,7 +64,7 @@ def bench(
     """Measure one forward beside the floor that this device sets; random weights of the published size by default."""
     refuse_torchrun(os.environ, "bench measures one GPU, and is not for torchrun",
                     "several GPUs: torchrun … scripts/bench_parallel.py")  # fmt: skip
-    base = Base({}, {}, {})
+    base = Base.of_preset(None, flags["model"])
     request = make_request(read_request(flags | {"prompt": "x"}, base))
     # One expert at work, as in any run; both are for runs that cross the boundary.
     precision, placement = read_precision(flags, base), read_placement(flags, Base({}, {}, {"offload": "expert"}))

@@ -21,6 +21,8 @@ from wan22.config import (
     parse_bytes,
 )
 from wan22.machine import Room, gpu_memory, host_memory
+from wan22.measuring.rates import Time
+from wan22.measuring.rates import choose as choose_rates
 from wan22.output.names import STATE
 from wan22.several.launch import Team
 from wan22.several.mesh import Mesh, Shares, choose_mesh
@@ -273,6 +275,23 @@ def spread(
     return mesh, Shares(world, mesh.sequence, experts, text, local)
 
 
+def seconds(
+    plan: Plan, request: Request, precision: Precision, sizes: Sizes, mesh: Mesh, evaluations: int,
+    file: str | None = None,
+) -> Time | None:  # fmt: skip
+    """Of a run on one GPU, by measured rates: the file's, or the card's; None where there are none, and where blocks
+    come from a disk. Raises RequestError for a file of none."""
+    if mesh.world > 1:
+        if file is not None:
+            raise RequestError("--rates is of one GPU", hint="several: scripts/bench_parallel.py --predict")
+        return None
+    resolved = precision.resolve("cuda" if plan.gpu else "cpu")
+    rates = choose_rates(resolved, sizes.dim, plan.gpu.name if plan.gpu else None, file)
+    if not rates or not plan.chosen or plan.chosen.residency.kind == "disk":
+        return None
+    return rates.time(request, tokens_of(request), sizes.num_layers, evaluations, resolved)
+
+
 def describe(plan: Plan) -> str:
     """The chosen placement in a line."""
     assert plan.chosen
@@ -404,7 +423,7 @@ def as_text(plan: Plan, request: Request, sizes: Sizes) -> str:
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """The whole plan, term by term, in bytes. Seconds are not predicted."""
+    """The whole plan, term by term, in bytes."""
     return {
         "gpu": vars(plan.gpu) if plan.gpu else None,
         "gpu_limit": plan.gpu_limit,
