@@ -318,3 +318,18 @@ def test_convert_to_where_nothing_can_be(capsys, elsewhere, target):
 
 def test_every_weight_dtype_is_known():
     assert {"auto", *load.DTYPES} == set(WEIGHTS)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["gallery", ""], "FOLDER"), (["convert", "", "out"], "SOURCE"), (["convert", "in", ""], "TARGET"),
+    (["plan", "--gpu-memory", ""], "--gpu-memory"), (["plan", "--rates", ""], "--rates"),
+    (["bench", "--size", ""], "--size"), (["compare", "", "b"], "A"), (["download", "--only", ""], "--only"),
+    (["batch", ""], "FILE"), (["batch", "a.txt", "--seeds", ""], "--seeds"), (["show", ""], "FILE"),
+    (["decode", "a.latents.safetensors", "--output", ""], "--output"), (["status", ""], "FOLDER"),
+    (["sheet", ""], "FILES"),
+])  # fmt: skip
+def test_an_empty_word_means_nothing(words, said, capsys, elsewhere):
+    """As that of a shell's variable which is not set."""
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"error: {said}: its value is empty\n"
+    assert list(elsewhere.iterdir()) == []

@@ -40,6 +40,7 @@ from wan22.config import (
 )
 from wan22.options import (
     Base,
+    Command,
     Flags,
     given,
     make_request,
@@ -543,6 +544,8 @@ def describe(
 
 cli_bench.add_to(app, generate)
 cli_many.add_to(app, generate)
+for command in app.registered_commands:
+    command.cls = Command
 
 
 # Whichever click typer brings along, this is its error for wrong usage.

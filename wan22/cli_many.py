@@ -93,7 +93,7 @@ def batch(
     from wan22.many.items import parse_seeds, read_items, recorded_base
     from wan22.many.worker import Work
 
-    source, base = Path(file), read_base({**flags, "output": output, "seeds": seeds, "shard": shard})
+    source, base = Path(file), read_base(flags)
     part, parts = library.parse_shard(shard)
     if source.is_dir() and not flags["preset"]:
         base = recorded_base(source, base)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from typer.core import TyperCommand
+
 from wan22.capability import Capability, capability_of, preset
 from wan22.checkpoint import Checkpoint, Parts, find_checkpoint, open_checkpoint
 from wan22.config import (
@@ -28,6 +30,21 @@ from wan22.config import (
 )
 
 Flags = Mapping[str, Any]
+
+
+class Command(TyperCommand):
+    """Refuses a word that is empty, as that of a shell's variable which is not set; a prompt may be."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Raises RequestError."""
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name)
+            words = value if isinstance(value, list | tuple) else [value]
+            if "" in words and "prompt" not in str(parameter.name):
+                shown: Any = parameter
+                said = shown.opts[0] if shown.param_type_name == "option" else shown.name.upper()
+                raise RequestError(f"{said}: its value is empty")
+        return super().invoke(ctx)
 
 
 @dataclass(frozen=True)
@@ -68,11 +85,7 @@ class Base:
 
 
 def read_base(flags: Flags) -> Base:
-    """What `--preset` or `--from` bring. Raises RequestError, also for any flag whose value is empty, as that of a
-    shell's variable which is not set."""
-    for name, value in flags.items():
-        if value == "" and "prompt" not in name:
-            raise RequestError(f"--{'from' if name == 'from_file' else name.replace('_', '-')}: its value is empty")
+    """What `--preset` or `--from` bring. Raises RequestError."""
     from_file = flags.get("from_file")
     if from_file and flags["preset"]:
         raise RequestError("--from and --preset both bring settings", hint="give one of them")
