@@ -33,6 +33,7 @@ from wan22.config import (
     Request,
     RequestError,
     WanError,
+    is_out_of_memory,
     one_line,
     parse_bytes,
     parse_size,
@@ -636,7 +637,7 @@ def explained(error: Exception) -> tuple[str, list[str], int]:
         message, hint, code = f"{error.filename}: {reason(error)}", None, 2 if error.errno in NOT_ALLOWED else 1
     elif isinstance(error, FileNotFoundError) and error.errno:  # os.getcwd alone has no name to give
         message, hint, code = "the current folder does not exist any more", "cd to another one", 2
-    elif type(error).__name__ == "OutOfMemoryError":
+    elif is_out_of_memory(error):
         message, hint, code = "out of GPU memory", "a smaller --size, fewer --frames, or --offload block", 1
     else:
         message, hint, code = f"{type(error).__name__}: {error}", "the whole story: --debug", 1

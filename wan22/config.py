@@ -43,6 +43,11 @@ class RunError(WanError):
     """The run failed while running."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the device's memory. Known by the name, for those who ask before torch is there."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
 class DiskFull(RunError):
     """There is no room to write in; there may be later."""
 

@@ -96,6 +96,12 @@ def test_a_wrong_environment_is_told(wrong):
         team_of(wrong)
 
 
+@pytest.mark.parametrize("port", ["junk", "", "0", "-1", "65536", "1.5", "²"])
+def test_a_port_that_is_none_is_told(port):
+    with pytest.raises(RequestError, match="MASTER_PORT="):
+        rendezvous({"MASTER_ADDR": "a", "MASTER_PORT": port}, Team(0, 2, 0, 2))
+
+
 @pytest.mark.parametrize(("placement", "world", "said"), [
     (Placement(dit_fsdp=True), 1, "--dit_fsdp needs several processes"),
     (Placement(t5_fsdp=True), 1, "--t5_fsdp needs several processes"),

@@ -24,7 +24,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from wan22 import plan
-from wan22.config import DEFAULT_TASK, DiskFull, Placement, Request, RequestError, RunError, WanError
+from wan22.config import (
+    DEFAULT_TASK,
+    DiskFull,
+    Placement,
+    Request,
+    RequestError,
+    RunError,
+    WanError,
+    is_out_of_memory,
+)
 from wan22.options import Base, read_checkpoint, read_encoding, read_placement, read_precision
 from wan22.output.names import DISK_FULL, exists, reason
 from wan22.report import Reporter
@@ -201,4 +210,4 @@ def _failure(error: Exception, output: Path) -> tuple[str, bool, bool, bool]:
         return str(error), isinstance(error, RunError), isinstance(error, DiskFull), True
     if isinstance(error, OSError):  # of a folder or disk, and no reason to load the weights again
         return f"{error.filename or output}: {reason(error)}", True, error.errno in DISK_FULL, True
-    return f"{type(error).__name__}: {error}", False, False, type(error).__name__ == "OutOfMemoryError"
+    return f"{type(error).__name__}: {error}", False, False, is_out_of_memory(error)

@@ -112,7 +112,8 @@ def refuse_torchrun(environment: Mapping[str, str], said: str, hint: str) -> Non
 
 
 def rendezvous(environment: Mapping[str, str], team: Team) -> dict[str, str]:
-    """What torch.distributed wants to find in the environment: torchrun sets it, for SLURM it is derived."""
+    """What torch.distributed wants to find in the environment: torchrun sets it, for SLURM it is derived. Raises
+    RequestError."""
     told = {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
     if "MASTER_ADDR" not in told:
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
@@ -124,6 +125,9 @@ def rendezvous(environment: Mapping[str, str], team: Team) -> dict[str, str]:
             said = "the environment says no MASTER_PORT, and SLURM_JOB_ID or SLURM_STEP_ID is no number to make it of"
             raise RequestError(said, hint="set MASTER_PORT, the same for all") from None
         told["MASTER_PORT"] = str(20000 + (job * 16 + step % 16) % 40000)
+    port = told["MASTER_PORT"]
+    if not (port.isdecimal() and 0 < int(port) < 65536):
+        raise RequestError(f"the environment says MASTER_PORT={port}, which is no port", hint="1 to 65535")
     return {**told, "RANK": str(team.rank), "WORLD_SIZE": str(team.world), "LOCAL_RANK": str(team.local_rank)}
 
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from wan22.config import WanError
+from wan22.config import WanError, is_out_of_memory
 
 BEAT = 1.0
 SILENCE = 12.0
@@ -298,7 +298,7 @@ class Watchman:
 
 def of_another(error: BaseException) -> bool:
     """Whether an error may be what comes of another process's end, and says nothing of its cause."""
-    own = isinstance(error, WanError) or type(error).__name__ == "OutOfMemoryError"
+    own = isinstance(error, WanError) or is_out_of_memory(error)
     return not own and bool(re.search(r"gloo|NCCL|[Cc]onnection|peer|process group|pipe", str(error)))
 
 
