@@ -695,7 +695,7 @@ def test_broken_adapters(capsys, elsewhere, unread, shapes, breakage):
     ("flags", "expected"),
     [
         (["--lora", "nowhere.safetensors"], ["--lora nowhere.safetensors", "no such file", "loras"]),
-        (["--lora", ""], ["--lora", "no file"]),
+        (["--lora", ""], ["--lora", "empty"]),
         (["--lora", "x" * 5000], ["no such file"]),
         (["--lora", "good.safetensors:strong"], ["'strong' is not a strength"]),
         (["--lora", "good.safetensors:nan"], ["'nan' is not a strength"]),
