@@ -126,8 +126,9 @@ def test_no_file_of_rates(capsys, tmp_path, measured):
         code, _, err = run(capsys, *TINY_WORDS, "--gpu-memory", "0", "--rates", path)
         assert (code, err.count("\n")) == (2, 1)
         assert str(path) in err
-    path = tmp_path / "bytes.json"
-    path.write_bytes(b"\xff\xfe\x00")
-    assert run(capsys, *TINY_WORDS, "--gpu-memory", "0", "--rates", path)[0] == 2
+    for path, data in ((tmp_path / "bytes.json", b"\xff\xfe\x00"), (tmp_path / "large.json", b"\n" * (rates.MOST + 1))):
+        path.write_bytes(data)
+        code, _, err = run(capsys, *TINY_WORDS, "--gpu-memory", "0", "--rates", path)
+        assert (code, f"--rates {path}: not what bench measured" in err) == (2, True)
     code, _, err = run(capsys, "--gpus", "2", "--gpu-memory", "79GiB", "--rates", measured)
     assert (code, "--rates is of one GPU" in err) == (2, True)

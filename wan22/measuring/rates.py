@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from wan22.config import Precision, Request, RequestError
 
+MOST = 16 << 20  # bytes of a file; a run's rows are 10,000
 HOW = "wan22 bench --decode --text --json > FILE"
 
 
@@ -116,8 +117,12 @@ def choose(precision: Precision, dim: int, card: str | None, file: str | None = 
 
 def read(path: Path) -> list[Rates]:
     """Of each run in a file of what `wan22 bench --json` printed. Raises RequestError, OSError."""
+    with path.open("rb") as file:
+        data = file.read(MOST + 1)
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if len(data) > MOST:
+            raise ValueError
+        rows = [json.loads(line) for line in data.decode().splitlines() if line.strip()]
         starts = [number for number, row in enumerate(rows) if row["kind"] == "work"]
         if not starts:
             raise ValueError
