@@ -108,6 +108,8 @@ def broken(text, old, new):
     (lambda text: "\n".join(text.splitlines()[:3]), "not what bench measured"),
     (lambda text: broken(text, '"tokens": ', '"tokens": -'), "not what bench measured"),
     (lambda text: broken(text, '"seconds": ', '"seconds": NaN, "was": '), "not what bench measured"),
+    (lambda text: broken(text, '"tokens": ', f'"tokens": 1{400 * "0"}'), "not what bench measured"),
+    (lambda text: broken(text, '"parts", "seconds": {', '"parts", "seconds": {"x": -1e999, '), "not what bench"),
     (lambda text: broken(text, '"weights": "float32"', '"weights": "bf16"'), "none of float32, exact attention"),
     (lambda text: broken(text, '"dim": ', '"dim": 1'), "none of float32, exact attention"),
 ])  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from wan22.config import Precision, Request, RequestError
+from wan22.config import Precision, Request, RequestError, one_line
 
 MOST = 16 << 20  # bytes of a file; a run's rows are 10,000
 HOW = "wan22 bench --decode --text --json > FILE"
@@ -50,7 +50,7 @@ class Rates:
         decode = {row["form"]: row["seconds"] / pixels for row in rows
                   if row.get("name") == "decode" and row["form"] in ("float32", "bf16")}  # fmt: skip
         text = next((row["seconds"] for row in rows if row["kind"] == "phase" and row["name"] == "text"), None)
-        made = cls(work["device"], key_of(work["precision"]["weights"], work["precision"]["scope"],
+        made = cls(one_line(str(work["device"])), key_of(work["precision"]["weights"], work["precision"]["scope"],
                                           forward["attention"]), work["layers"], work["dim"], work["tokens"],
                    attention, forward["seconds"] - attention, decode, text)  # fmt: skip
         numbers = [made.layers, made.dim, made.tokens, attention, made.others, *decode.values(), text or 1]
@@ -127,5 +127,5 @@ def read(path: Path) -> list[Rates]:
         if not starts:
             raise ValueError
         return [Rates.of(rows[start:stop]) for start, stop in zip(starts, [*starts[1:], None], strict=True)]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RequestError(f"--rates {path}: not what bench measured", hint=f"it is made by: {HOW}") from error
