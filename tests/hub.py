@@ -283,8 +283,12 @@ class _Handler(BaseHTTPRequestHandler):
             for position in range(0, min(last, len(body)), 1 << 16):
                 time.sleep(self.hub.pace)
                 piece = body[position : min(position + (1 << 16), last)]
-                self.wfile.write(piece)
-                self.hub.count(name, len(piece))
+                self.hub.count(name, len(piece))  # before: whoever has the last byte may look at once
+                try:
+                    self.wfile.write(piece)
+                except OSError:
+                    self.hub.count(name, -len(piece))
+                    raise
         if fault.kind == "stall":
             self.hub.closing.wait(fault.seconds)
         if fault.kind in ("drop", "stall"):
