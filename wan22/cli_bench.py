@@ -64,6 +64,11 @@ def bench(
     """Measure one forward beside the floor that this device sets; random weights of the published size by default."""
     refuse_torchrun(os.environ, "bench measures one GPU, and is not for torchrun",
                     "several GPUs: torchrun … scripts/bench_parallel.py")  # fmt: skip
+    if rows is not None and not memory:
+        raise RequestError("--rows is for --memory")
+    if memory and (other := [name for name, asked in {"--against": against, "--quick": quick, "--decode": decoding,
+                                                      "--text": text, "--no-forward": no_forward}.items() if asked]):
+        raise RequestError(f"{other[0]} goes with no --memory, which measures memory instead")
     base = Base.of_preset(None, flags["model"])
     request = make_request(read_request(flags | {"prompt": "x"}, base))
     # One expert at work, as in any run; both are for runs that cross the boundary.
@@ -77,11 +82,6 @@ def bench(
                                         placement, layers, zeros=memory)  # fmt: skip
     measured = library.run(checkpoint, request, precision, placement, options)
     as_text = library.as_text
-    if rows is not None and not memory:
-        raise RequestError("--rows is for --memory")
-    if memory and (other := [name for name, asked in {"--against": against, "--quick": quick, "--decode": decoding,
-                                                      "--text": text, "--no-forward": no_forward}.items() if asked]):
-        raise RequestError(f"{other[0]} goes with no --memory, which measures memory instead")
     if memory:
         from wan22.measuring import memory_rows as bench_memory
 

@@ -5,7 +5,6 @@ H100, where this makes 2.51 s of 720p. Standard library only.
 """
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Self
 
 from wan22.config import Precision, Request, RequestError, one_line
 
-MOST = 16 << 20  # bytes of a file; a run's rows are 10,000
+MOST = 16 << 20  # bytes of a file, where a run's rows are 10,000; tokens, and seconds (half a year)
 HOW = "wan22 bench --decode --text --json > FILE"
 
 
@@ -53,8 +52,10 @@ class Rates:
         made = cls(one_line(str(work["device"])), key_of(work["precision"]["weights"], work["precision"]["scope"],
                                           forward["attention"]), work["layers"], work["dim"], work["tokens"],
                    attention, forward["seconds"] - attention, decode, text)  # fmt: skip
-        numbers = [made.layers, made.dim, made.tokens, attention, made.others, *decode.values(), text or 1]
-        if not all(math.isfinite(number) and number > 0 for number in numbers):
+        counts, times = (made.layers, made.dim, made.tokens), [attention, made.others, *decode.values(), text or 1]
+        if not all(type(count) is int and 0 < count < MOST for count in counts):
+            raise ValueError
+        if not all(0 < seconds < MOST for seconds in times):
             raise ValueError
         return made
 
