@@ -146,6 +146,12 @@ def test_plans(capsys, monkeypatch):
     assert experts("--dtype", "fp8")["experts"] < 0.6 * experts()["experts"]
     assert experts("--precision", "high")["experts"] == experts("--dtype", "int8", "--scope", "ffn")["experts"]
     assert "step cache" in experts("--precision", "fast")
+    # The preset's settings one by one: the same plan.
+    single = ["--dtype", "fp8", "--attention", "int8", "--step-cache", "0.2", "--vae-dtype", "bf16"]
+    with monkeypatch.context() as patch:
+        patch.setattr("wan22.options.capability_of", lambda device: HOPPER)
+        assert run(capsys, *words, *single) == run(capsys, *words, "--precision", "fast")
+    assert run(capsys, *words, "--attention", "fast")[0] == 2
     assert run(capsys, "plan", "--gpu-memory", "0", "--precision", "fast")[0] == 2
 
 

@@ -264,6 +264,24 @@ def test_exit_3_and_json(capsys):
     assert cli.main(["plan", "--gpu-memory", "much"]) == 2
 
 
+def test_a_mesh_that_is_asked_for(capsys):
+    """Each flag that divides the work or the weights, as `generate` takes it, shows in the plan."""
+    words = ["plan", "--gpu-memory", "80GiB", "--host-memory", "200GiB", "--gpus", "4"]
+
+    def phases(*more):
+        assert cli.main([*words, "--json", *more]) == 0
+        table = json.loads(capsys.readouterr().out)["options"][0]["phases"]
+        return {name: sum(terms.values()) for name, terms in table.items()}
+
+    assert phases("--t5-fsdp")["text"] < 0.6 * phases()["text"]
+    assert phases("--ulysses-size", "4")["denoise"] < phases()["denoise"]
+    for asked, said in ((["--ulysses-size", "4"], "ulysses × 4"), (["--ring-size", "2"], "ring × 2")):
+        assert cli.main([*words, *asked]) == 0
+        assert said in capsys.readouterr().out.splitlines()[0]
+    assert cli.main([*words, "--ulysses-size", "3"]) == 2
+    assert cli.main([*words, "--t5-fsdp", "--t5-cpu"]) == 2
+
+
 def test_generate_refuses_before_torch(tiny):
     script = ("import sys\nfrom wan22 import machine, plan\nplan.host_memory = lambda: machine.Room(1000, 1000)\n"
               "from wan22.cli import main\ncode = main(sys.argv[1:])\n"

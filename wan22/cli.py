@@ -368,10 +368,16 @@ def plan(
     precision: Precise = None,
     dtype: Dtype = None,
     scope: Scope = None,
+    attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTIONS) + ".")] = None,
+    vae_dtype: Annotated[str | None, typer.Option(help="float32 (default), or bf16.")] = None,
+    step_cache: Annotated[float | None, typer.Option(metavar="X", help="As generate has it: 0.2.")] = None,
     offload: Annotated[str, typer.Option(help="auto, none, expert, block, disk.")] = "auto",
     t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
     gpus: Annotated[int, typer.Option(min=1, metavar="N", help="Of that many together; each has what is told.")] = 1,
     dit_fsdp: Annotated[bool, typer.Option("--dit-fsdp", help="Each GPU keeps a part of the experts.")] = False,
+    t5_fsdp: Annotated[bool, typer.Option("--t5-fsdp", help="Each GPU keeps a part of the text encoder.")] = False,
+    ulysses_size: Annotated[int | None, typer.Option(help="GPUs that exchange tokens for heads.")] = None,
+    ring_size: Annotated[int | None, typer.Option(help="GPUs that pass keys and values on, beside these.")] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="As if so much were free: 24GiB; 0 for none.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="As if so much were free: 64GiB.")] = None,
     rates: Annotated[
@@ -383,8 +389,7 @@ def plan(
 ) -> None:
     """Say what a video needs of memory, disk and, on a card that was measured, time, and which placement it would
     take; exit 3 when nothing fits."""
-    flags = {**dict(locals()), "attention": None, "step_cache": None, "convert_model_dtype": False, "vae_dtype": None,
-             "device": "cpu" if gpu_memory == "0" else None}  # fmt: skip
+    flags = {**dict(locals()), "convert_model_dtype": False, "device": "cpu" if gpu_memory == "0" else None}
     # A card that is only imagined can do all that there is.
     precise = read_precision(flags, Base({}, {}, {}), ADA if gpu_memory not in (None, "0") else None)
     width, height = parse_size(size) if size is not None else (None, None)
@@ -395,7 +400,10 @@ def plan(
     if model or ckpt_dir:
         sizes = planning.Sizes.of(open_checkpoint(find_checkpoint(model, ckpt_dir)))
     gpu, host = planning.rooms(gpu_memory, host_memory)
-    placement = Placement(offload=offload, text_encoder="cpu" if t5_cpu else "auto", gpus=gpus, dit_fsdp=dit_fsdp)
+    placement = Placement(
+        offload=offload, text_encoder="cpu" if t5_cpu else "auto", gpus=gpus, ulysses_size=ulysses_size,
+        ring_size=ring_size, dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp,
+    )  # fmt: skip
     launching.refuse_lonely(placement, precise, launching.Team())
     mesh, shares = planning.spread(request, placement, sizes)
     made = planning.make_plan(request, precise, placement, sizes, gpu, host, shares=shares)
