@@ -12,7 +12,7 @@ from conftest import TINY
 from safetensors.torch import load_file, save_file
 
 from wan22 import cli, sampling, text_encoder, vae
-from wan22.checkpoint import INDEX, open_checkpoint
+from wan22.checkpoint import INDEX, find_checkpoint, open_checkpoint
 from wan22.config import Lora, Placement, Precision, Request, Residency, RunError
 from wan22.experts import Experts
 from wan22.load import load_expert
@@ -111,6 +111,21 @@ def test_with_adapters(deep, adapter, expected, residency):
     latents = denoised(deep, Residency("none"), loras)[0]
     assert not torch.equal(latents, expected)
     assert torch.equal(denoised(deep, residency, loras)[0], latents)
+
+
+def test_the_demo_s_placements_are_bit_identical():
+    """Trained weights, of two blocks or more an expert."""
+    checkpoint, latents = open_checkpoint(find_checkpoint("demo")), []
+    for residency in (Residency("none"), Residency("expert", 0, 1), Residency("block", 2, 1), Residency("block", 0, 2),
+                      Residency("disk")):  # fmt: skip
+        made, experts, memory = denoised(checkpoint, residency)
+        print(f"{residency}: device {memory.on_device.peak:,}, host {memory.on_host.peak:,}")
+        latents.append((made, memory.on_device.peak))
+        experts.release()
+    assert all(torch.equal(made, latents[0][0]) for made, _ in latents)
+    peaks = [peak for _, peak in latents]
+    assert peaks[0] == 2 * peaks[1]  # each is what it says
+    assert peaks[1] > peaks[2] > peaks[3] == peaks[4]
 
 
 def test_the_other_expert_is_ready_when_its_turn_comes(deep, monkeypatch):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from gluon_on_cpu import attention_on_cpu
 
 from wan22.attention import BACKENDS, attend, reference, relative_error
+from wan22.config import Placement, Precision
 from wan22.kernels import attention_8bit, attention_hopper
 from wan22.kernels.attention_8bit import (
     FP8,
@@ -23,6 +24,8 @@ from wan22.kernels.attention_8bit import (
     quantize_v,
     smooth,
 )
+from wan22.pipeline import Pipeline
+from wan22.report import Reporter
 
 
 def outlying(length=1024, heads=2, dim=128, spread=3.0, batch=1):
@@ -77,6 +80,35 @@ def test_error(spread):
         assert cosine(methods[f"int8 scores, {pv} values"](q, k, v), exact) > 0.999
     assert errors["int8 scores, fp8 values"] < 0.04  # FP8's three bits, of probabilities and of white values alone
     assert errors["the same, smoothed around it"] < errors["FP8 as FlashAttention 3 has it"] / 4
+
+
+def test_error_on_the_demo():
+    """Queries, keys and values of a trained model: each block of both experts, at the first step of its turn."""
+    pipe = Pipeline.from_pretrained("demo", precision=Precision("bf16", "torch"), placement=Placement("cpu"))
+    request = pipe.resolve(pipe.request("a red circle moving left", seed=3, num_steps=2, shift=3.0))
+    get, taken = pipe.experts.get, {}
+
+    def listening(name, loras=()):
+        model = get(name, loras)
+        for number, block in enumerate(model.blocks):
+
+            def taking(*qkv, place=(name, number), exact=block.self_attn.attend):
+                taken.setdefault(place, [x.clone() for x in qkv])
+                return exact(*qkv)
+
+            block.self_attn.attend = taking
+        return model
+
+    pipe.experts.get = listening
+    pipe.denoise(request, Reporter())
+    assert {name for name, _ in taken} == set(request.spec.experts)
+    for pv in PV:
+        made = [(attend_8bit_plain(*qkv, pv), reference(*qkv)) for qkv in taken.values()]
+        errors, cosines = [relative_error(*pair) for pair in made], [cosine(*pair) for pair in made]
+        print(f"int8 scores, {pv} values, {len(made)} blocks: relative error {max(errors):.2%} at most, "
+              f"{sum(errors) / len(errors):.2%} in the mean; cosine {min(cosines):.5f} at least")  # fmt: skip
+        assert max(errors) < 0.03
+        assert min(cosines) > 0.999
 
 
 @pytest.mark.parametrize("pv", PV)
