@@ -3,7 +3,8 @@
     python scripts/bench_precision.py                  # on a GPU: kernels against their plain forms, then a velocity of
                                                        # the published width, 4 blocks, 8,100 tokens, against float32
     python scripts/bench_precision.py --full           # 40 blocks, 75,600 tokens, against exact; no float32, no kernels
-    python scripts/bench_precision.py --drift demo     # whole runs of a checkpoint: latents' error, PSNR of the video
+    python scripts/bench_precision.py --drift demo     # whole runs of a checkpoint: latents' error, PSNR of the video;
+                                                       # with --only preset, of `high` and `fast` alone
     python scripts/bench_precision.py --interpret      # on a CPU, tiny: that all of it runs
 
 Weights are random, with outlying channels in the norms of queries and keys, so that attention is not uniform. Errors
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from wan22.attention import Shape, choose, relative_error
 from wan22.bench import shortened
+from wan22.capability import preset
 from wan22.config import Placement, Precision
 from wan22.kernels import attention_8bit, dispatch, gelu, norm_modulate, product_8bit, quantize_rows
 from wan22.kernels.gated_residual import gated_residual_norm, gated_residual_norm_modulate
@@ -257,7 +259,9 @@ def velocities(
 PROMPTS = ("a red circle moves to the right", "a green square moves up", "a large blue triangle falls")
 
 
-def drifts(where: str, device: str, count: int, capability: tuple[int, int], settings: dict[str, Any]) -> Iterator[Row]:
+def drifts(
+    where: str, device: str, count: int, capability: tuple[int, int], settings: dict[str, Any], only: str | None = None
+) -> Iterator[Row]:
     """Latents' relative error and the video's PSNR to exact, mean of `count` prompts."""
     from wan22.pipeline import Pipeline, resolve_precision
     from wan22.report import Reporter
@@ -278,8 +282,11 @@ def drifts(where: str, device: str, count: int, capability: tuple[int, int], set
         *((f"fast: {fast} all, {attention} attention, step cache {x:g}",
            Precision(fast, attention, scope="all", step_cache=x)) for x in thresholds),
         ("guidance till 0.8 of the steps", Precision("bf16")),
+        *((f"preset {name}", Precision.from_dict(preset(name, capability))) for name in ("high", "fast")),
     ]  # fmt: skip
     for name, precision in tried:
+        if only and only not in name and name != "exact":
+            continue
         pipe = Pipeline.from_pretrained(where, precision=precision, placement=Placement(device))
         resolve_precision(precision, pipe.device)
         errors, noise, seconds, skipped, steps = [], [], 0.0, 0, 0
@@ -349,7 +356,7 @@ def main() -> None:
     if not args.json:
         print(torch.cuda.get_device_name() if on_gpu else "a CPU", f"torch {torch.__version__}", sep=", ")
     if args.drift:
-        for row in drifts(args.drift, device.type, args.prompts, capability, json.loads(args.settings)):
+        for row in drifts(args.drift, device.type, args.prompts, capability, json.loads(args.settings), args.only):
             tell(row)
         return
     config = TINY if args.interpret else PUBLISHED
