@@ -274,6 +274,30 @@ def test_the_demo():
         assert largest < 1e-4
 
 
+def _demo_velocity(rank, world, sharded):
+    checkpoint, found = open_checkpoint(find_checkpoint("demo")), []
+    for name in checkpoint.experts:
+        alone = load_expert(checkpoint.experts[name], torch.float32, CPU)
+        expected = velocities(evaluate, alone, LATENTS[0], True)
+        assert min(velocity.std() for velocity in expected) > 0.1
+        for mesh in MESHES[world]:
+            ranks = make_ranks(rank, world, mesh, 2, sharded)
+            ours = velocities(ranks.evaluate, make_experts(checkpoint, ranks).get(name), LATENTS[0], True)
+            largest = max((one - two).abs().max().item() for one, two in zip(ours, expected, strict=True))
+            found.append((mesh, name, largest, ranks.counts.tokens * ranks.counts.heads))
+    return found
+
+
+@pytest.mark.parametrize(("world", "sharded"), [(2, False), (3, True), (4, True)])
+def test_one_velocity_of_the_demo(world, sharded):
+    """Trained weights, both experts, every mesh of so many; heads that do not divide by four."""
+    for result in run(world, _demo_velocity, sharded):
+        for mesh, name, largest, work in result:
+            print(f"{Mesh(*mesh)}; {name}: largest difference {largest:.1e}")
+            assert largest < 3e-5
+            assert work > 0
+
+
 # --- weights ---------------------------------------------------------------------------------------------------------
 def _loaded(rank, world, sharded):
     """Bytes read from the expert's files, this rank's part of it in memory, and the most that all of it took."""
