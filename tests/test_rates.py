@@ -131,7 +131,8 @@ def test_no_file_of_rates(capsys, tmp_path, measured):
         code, _, err = run(capsys, *TINY_WORDS, "--gpu-memory", "0", "--rates", path)
         assert (code, err.count("\n")) == (2, 1)
         assert str(path) in err
-    for path, data in ((tmp_path / "bytes.json", b"\xff\xfe\x00"), (tmp_path / "large.json", b"\n" * (rates.MOST + 1))):
+    for name, data in (("bytes.json", b"\xff\xfe\x00"), ("large.json", b"\n" * (rates.MOST_BYTES + 1))):
+        path = tmp_path / name
         path.write_bytes(data)
         code, _, err = run(capsys, *TINY_WORDS, "--gpu-memory", "0", "--rates", path)
         assert (code, f"--rates {path}: not what bench measured" in err) == (2, True)

@@ -32,7 +32,7 @@ from wan22.model import TransformerConfig
 from wan22.pipeline import Pipeline, _device
 from wan22.plan import Option, gib, make_plan
 from wan22.quantize import EightBit
-from wan22.sampling import plan_steps
+from wan22.sampling import evaluations, plan_steps
 
 Row = dict[str, Any]
 NEVER_ALONE = ("torch", "math")  # PyTorch's own choice is one of the others; whole scores are 457 GB at 720p
@@ -126,11 +126,12 @@ def forward_rows(pipeline: Pipeline, request: Request, options: Options) -> Iter
     del model, keys_values, forward, parts
     pipeline.experts.release()
 
-    phases = {"denoise": evaluations(request) * seconds}
+    forwards = evaluations(plan_steps(request))
+    phases = {"denoise": forwards * seconds}
     for row in other_rows(pipeline, request, options):
         phases |= {row["name"]: row["seconds"]} if row["kind"] == "phase" else {}
         yield row
-    yield {"kind": "run", "steps": request.num_steps, "evaluations": evaluations(request), "phases": phases,
+    yield {"kind": "run", "steps": request.num_steps, "evaluations": forwards, "phases": phases,
            "seconds": sum(phases.values()), "step_cache": pipeline.precision.step_cache}  # fmt: skip
     for name in options.against:
         yield from rival_rows(name, pipeline, expert, clock, inputs, context, velocity, mine, options)
@@ -171,11 +172,6 @@ def option_for(pipeline: Pipeline, request: Request) -> Option:
     least = min(options, key=lambda one: one.peak("denoise"))
     said = f"--offload {least.residency.kind} needs {gib(least.peak('denoise'))}; free: {gib(free)}"
     raise DoesNotFit(f"it does not fit: {said}", hint="--layers N, a smaller --size, or --offload block")
-
-
-def evaluations(request: Request) -> int:
-    """Forwards of a whole run: two a guided step."""
-    return sum(1 if step.guidance == 1 else 2 for step in plan_steps(request))
 
 
 # --- the ceilings and the floor --------------------------------------------------------------------------------------

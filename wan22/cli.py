@@ -516,13 +516,12 @@ def describe(
     shares: Shares,
 ) -> None:  # fmt: skip
     """What `generate` would do, on stdout. A prompt that would be extended is still the one given."""
-    from wan22.sampling import describe_split, plan_steps
+    from wan22.sampling import describe_split, evaluations, plan_steps
 
     steps, (start, stop) = plan_steps(request), (request.guidance_start, request.guidance_stop)
     scope = f" ({pipeline.precision.scope})" if pipeline.precision.scope else ""
     plan = planning.require_here(request, pipeline.precision, pipeline.placement, pipeline.sizes, shares)
-    evaluations = sum(1 if step.guidance == 1 else 2 for step in steps)
-    time = planning.seconds(plan, request, pipeline.precision, pipeline.sizes, mesh, evaluations)
+    time = planning.seconds(plan, request, pipeline.precision, pipeline.sizes, mesh, evaluations(steps))
     facts = {
         "prompt": request.prompt,
         **({"extended by": str(extension)} if extension else {}),

@@ -118,6 +118,11 @@ def plan_steps(request: Request) -> list[Step]:
     return [step if start <= step.index < stop else replace(step, guidance=1.0) for step in steps]
 
 
+def evaluations(steps: Sequence[Step]) -> int:
+    """Forwards of a whole run: two a guided step."""
+    return sum(1 if step.guidance == 1 else 2 for step in steps)
+
+
 def first_loras(request: Request) -> tuple[Lora, ...]:
     """The adapters with their strengths at the first step."""
     if not request.lead_steps:

@@ -129,7 +129,8 @@ def one(rank, place, act):
 ])  # fmt: skip
 def test_killed(run, whole, tmp_path, place, rank):
     done = PLACES[place][1]
-    act = die_with_a_state if rank == 0 and 0 < done < 4 else die
+    may_lag = rank == 0 and 0 < done < 4
+    act = die_with_a_state if may_lag else die
     code, out, err, seconds = run("--ulysses_size", "2", "--output", "v.mp4", fault=one(rank, place, act))
     assert (code, out) == (1, "")
     assert err.count("error:") == 1
@@ -137,7 +138,7 @@ def test_killed(run, whole, tmp_path, place, rank):
     assert seconds < 30
     assert not (tmp_path / "v.mp4").exists()
     # The state is written beside the next step: who is killed in that may have got no further than the last.
-    goes_on(run, whole, tmp_path, {done, done - 1} if rank == 0 and 0 < done < 4 else {done})
+    goes_on(run, whole, tmp_path, {done, done - 1} if may_lag else {done})
 
 
 def goes_on(run, whole, tmp_path, done, count=3):

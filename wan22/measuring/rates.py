@@ -12,7 +12,8 @@ from typing import Any, Self
 
 from wan22.config import Precision, Request, RequestError, one_line
 
-MOST = 16 << 20  # bytes of a file, where a run's rows are 10,000; tokens, and seconds (half a year)
+MOST_BYTES = 16 << 20  # of a file; a run's rows are 10,000
+MOST = 16 << 20  # tokens, layers, seconds: beyond it no measurement is one
 HOW = "wan22 bench --decode --text --json > FILE"
 
 
@@ -119,9 +120,9 @@ def choose(precision: Precision, dim: int, card: str | None, file: str | None = 
 def read(path: Path) -> list[Rates]:
     """Of each run in a file of what `wan22 bench --json` printed. Raises RequestError, OSError."""
     with path.open("rb") as file:
-        data = file.read(MOST + 1)
+        data = file.read(MOST_BYTES + 1)
     try:
-        if len(data) > MOST:
+        if len(data) > MOST_BYTES:
             raise ValueError
         rows = [json.loads(line) for line in data.decode().splitlines() if line.strip()]
         starts = [number for number, row in enumerate(rows) if row["kind"] == "work"]
