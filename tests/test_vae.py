@@ -62,6 +62,7 @@ def test_everything_lies_as_the_kernel_wants_it(tiny, clip, monkeypatch, dtype, 
 
     seen, doubled = [], []
     expected = torch.cat(list(VideoVAE(tiny, CPU, dtype).decode(clip, grid)))
+    exact = torch.cat(list(VideoVAE(tiny, CPU).decode(clip)))
     monkeypatch.setitem(vae_decoder.LAYOUT, "cpu", torch.channels_last_3d)
 
     def watched(x, gamma, out, y=None, bias=None, total=None):
@@ -78,7 +79,10 @@ def test_everything_lies_as_the_kernel_wants_it(tiny, clip, monkeypatch, dtype, 
     monkeypatch.setattr(vae_decoder, "norm_silu", watched)
     monkeypatch.setattr(vae_decoder, "double_pixels", watched_too)
     frames = torch.cat(list(VideoVAE(tiny, CPU, dtype).decode(clip, grid)))
-    assert (frames - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.05)
+    if dtype == torch.float32:
+        assert (frames - expected).abs().max() < 1e-5
+    else:
+        assert psnr(frames, exact) >= 50  # between two roundings, a largest difference is chance
     assert len(seen) > 80
     assert all(x and out for _, x, out in seen)
     assert len(doubled) >= 9
@@ -93,14 +97,21 @@ def test_biases_that_wait(tiny, clip, monkeypatch, dtype, layout):
     read the middle block's output more than once."""
     from wan22 import vae_decoder
 
-    expected = torch.cat(list(VideoVAE(tiny, CPU, dtype).decode(clip)))
+    exact = torch.cat(list(VideoVAE(tiny, CPU).decode(clip)))
     monkeypatch.setitem(vae_decoder.LAYOUT, "cpu", layout)
     late = []
     monkeypatch.setattr(vae_decoder, "use_triton", lambda weight: not late.append(weight))
     for grid in ((1, 1), (1, 2)):
         frames = torch.cat(list(VideoVAE(tiny, CPU, dtype).decode(clip, grid)))
-        assert (frames - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.05)
+        if dtype == torch.float32:
+            assert (frames - exact).abs().max() < 1e-4
+        else:
+            assert psnr(frames, exact) >= 50
     assert len(late) > 100
+
+
+def psnr(a, b):
+    return 10 * math.log10(4 / (a - b).square().mean().item())
 
 
 @pytest.mark.parametrize("demo", [False, True])
@@ -112,10 +123,10 @@ def test_bf16(tiny, clip, demo):
     checkpoint = replace(tiny, vae=Safetensors(demo_vae)) if demo else tiny
     exact = torch.cat(list(VideoVAE(checkpoint, CPU).decode(clip)))
     rounded = torch.cat(list(VideoVAE(checkpoint, CPU, torch.bfloat16).decode(clip)))
-    psnr = 10 * math.log10(4 / (exact - rounded).square().mean().item())
-    print(f"{'demo' if demo else 'tiny'}: PSNR {psnr:.1f} dB")
+    found = psnr(exact, rounded)
+    print(f"{'demo' if demo else 'tiny'}: PSNR {found:.1f} dB")
     assert rounded.dtype == torch.float32
-    assert 50 <= psnr < 90
+    assert 50 <= found < 90
 
 
 def test_chunks_get_shorter_first(tiny, clip, monkeypatch):
