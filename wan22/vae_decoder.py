@@ -2,7 +2,9 @@
 
 What is saved against their own `forward`: the norm and the activation are one kernel and write straight into the
 convolution's input, behind the two frames kept from the chunk before, so that nothing is joined or padded afterwards;
-the margins are the convolution's own; on a GPU everything lies channels last, as tensor cores want it.
+what comes before them, a convolution's bias (on a GPU a pass of its own) and a residual block's sum, waits for that
+kernel, or for the one that doubles the size (`Stream`); the margins are the convolution's own; on a GPU everything lies
+channels last, as tensor cores want it.
 
 Legend: C channels, T frames of a chunk, H W pixels; all tensors are [1, C, T, H, W].
 """
@@ -13,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan22.kernels import norm_silu
+from wan22.kernels import double_pixels, norm_silu
+from wan22.kernels.dispatch import use_triton
 
 LAYOUT = {"cuda": torch.channels_last_3d}  # by device; elsewhere contiguous: diffusers' own bits, no slower
 FEW, AT_ONCE = 8, 2  # output channels for which cuDNN copies its input (3, of pixels): then so many frames at a time
@@ -41,6 +44,47 @@ class Cache:
             kept.copy_(room[:, :, -KEPT:])
             return
         self._kept[module] = room[:, :, -KEPT:].clone(memory_format=layout_of(room))
+
+
+class Stream:
+    """What the residual blocks add up: x + bias + y, the sum not taken until it is read. Read in a function, it is
+    emptied there, so that its memory is free for what comes next."""
+
+    def __init__(self, x: Tensor, bias: Tensor | None = None) -> None:
+        self.x: Tensor | None = x
+        self.y: Tensor | None = None
+        self.bias = bias
+        self.dtype = x.dtype  # of the sum
+
+    def taken(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x, y and bias, which are the caller's from here on."""
+        assert self.x is not None
+        parts = self.x, self.y, self.bias
+        self.x = self.y = self.bias = None
+        return parts
+
+    def read(self, out: Tensor, gamma: Tensor | None, keep: bool) -> None:
+        """The sum into `out`, normed and activated where there is a gamma; and, if it is wanted again, into x."""
+        x, y, bias = self.taken()
+        if not keep:
+            norm_silu(x, gamma, out, y, bias)
+        elif y is None and bias is None and x.dtype == self.dtype:
+            norm_silu(x, gamma, out)
+            self.x = x
+        else:
+            # Rather over y, which is nobody else's, than over x, which may be where the middle block's output lies.
+            over = [one for one in (y, x) if one is not None and one.dtype == self.dtype]
+            self.x = over[0] if over else torch.empty_like(x, dtype=self.dtype)
+            norm_silu(x, gamma, out, y, bias, self.x)
+
+    def settled(self) -> Tensor:
+        """The sum."""
+        x, y, bias = self.taken()
+        if y is None and bias is None:
+            return x.to(self.dtype)
+        out = torch.empty_like(x, dtype=self.dtype)
+        norm_silu(x, None, out, y, bias)
+        return out
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
@@ -71,51 +115,67 @@ def prepare(decoder: Any, dtype: torch.dtype) -> None:
 
 def middle(decoder: Any, z: Tensor, cache: Cache) -> Tensor:
     """Latents [1, C, T, H, W] → what the local part begins with, by the part that needs the whole grid."""
-    x = _convolve(decoder.conv_in, laid(z), cache)
-    x = _residual(decoder.mid_block.resnets[0], x, cache)
+    stream = Stream(*_convolve(decoder.conv_in, Stream(laid(z)), cache))
+    _residual(decoder.mid_block.resnets[0], stream, cache)
     for attention, resnet in zip(decoder.mid_block.attentions, decoder.mid_block.resnets[1:], strict=True):
-        x = _residual(resnet, _attend(attention, x), cache)
-    return x
+        stream.x = _attend(attention, stream.settled())
+        _residual(resnet, stream, cache)
+    return stream.settled()
 
 
 def local(decoder: Any, x: Tensor, cache: Cache, first: bool) -> Tensor:
     """The rest of the decoder, whole or one tile of it → pixels [F, 3, 8H, 8W] float32 in -1…1. first: the chunk of the
     first latent frame, which is one pixel frame."""
-    x = laid(x)
+    stream = Stream(laid(x))
+    del x
     for number, block in enumerate(decoder.up_blocks):
         # What the residual blocks add up is float32 till the last stage, half of whose work is moving it.
-        x = x.to(block.resnets[0].conv1.weight.dtype if number == len(decoder.up_blocks) - 1 else torch.float32)
+        last = number == len(decoder.up_blocks) - 1
+        stream.dtype = block.resnets[0].conv1.weight.dtype if last else torch.float32
         for resnet in block.resnets:
-            x = _residual(resnet, x, cache)
+            _residual(resnet, stream, cache)
         for upsampler in block.upsamplers or ():
-            x = _upsample(upsampler, x, cache, first)
-    x = _convolve(decoder.conv_out, x, cache, decoder.norm_out)
-    return x[0].float().clamp_(-1, 1).transpose(0, 1)
+            _upsample(upsampler, stream, cache, first)
+    pixels, bias = _convolve(decoder.conv_out, stream, cache, decoder.norm_out)
+    if bias is not None:
+        pixels = pixels + bias.view(-1, 1, 1, 1)
+    return pixels[0].float().clamp_(-1, 1).transpose(0, 1)
 
 
-def _convolve(module: Any, x: Tensor, cache: Cache, norm: Any = None) -> Tensor:
-    """A causal convolution of x, normed and activated before where there is a norm; in the module's dtype."""
+def _late(module: Any) -> Tensor | None:
+    """The module's bias, if it is to wait for the next kernel; elsewhere the convolution adds it in passing."""
+    return module.bias if use_triton(module.weight) else None
+
+
+def _convolve(
+    module: Any, stream: Stream, cache: Cache, norm: Any = None, keep: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """A causal convolution of the stream, normed and activated before where there is a norm; in the module's dtype.
+    keep: the stream is wanted again. → what it gives, and the bias that is still to be added."""
     side = module.kernel_size[-1] // 2
-    weight, bias = module.weight, module.bias
-    if module.kernel_size[0] == 1:
-        return laid(F.conv3d(x.to(weight.dtype), weight, bias, padding=(0, side, side)))
-    room = cache.joined(module, x.shape, x, weight.dtype)
-    if norm is None:
-        room[:, :, KEPT:].copy_(x)
-    else:
-        norm_silu(x, norm.gamma.flatten(), room[:, :, KEPT:])
-    del x  # where nobody else holds it, its memory is the result's
+    weight, late = module.weight, _late(module)
+    bias = module.bias if late is None else None
+    assert stream.x is not None
+    room = cache.joined(module, stream.x.shape, stream.x, weight.dtype)
+    stream.read(room[:, :, KEPT:], None if norm is None else norm.gamma.flatten(), keep)
     cache.keep(module, room)
     if module.out_channels < FEW:
         pieces = [room[:, :, start : start + AT_ONCE + KEPT] for start in range(0, room.shape[2] - KEPT, AT_ONCE)]
-        return torch.cat([F.conv3d(piece, weight, bias, padding=(0, side, side)) for piece in pieces], dim=2)
-    return laid(F.conv3d(room, weight, bias, padding=(0, side, side)))
+        return torch.cat([F.conv3d(piece, weight, bias, padding=(0, side, side)) for piece in pieces], dim=2), late
+    return laid(F.conv3d(room, weight, bias, padding=(0, side, side))), late
 
 
-def _residual(block: Any, x: Tensor, cache: Cache) -> Tensor:
-    shortcut = x if isinstance(block.conv_shortcut, nn.Identity) else _convolve(block.conv_shortcut, x, cache)
-    y = _convolve(block.conv2, _convolve(block.conv1, x, cache, block.norm1), cache, block.norm2)
-    return y.add_(shortcut) if y.dtype == x.dtype else torch.add(shortcut.to(x.dtype), y)
+def _residual(block: Any, stream: Stream, cache: Cache) -> None:
+    inner = Stream(*_convolve(block.conv1, stream, cache, block.norm1, keep=True))
+    bias = None
+    if not isinstance(shortcut := block.conv_shortcut, nn.Identity):
+        bias, weight = _late(shortcut), shortcut.weight
+        assert stream.x is not None
+        stream.x = laid(F.conv3d(stream.x.to(weight.dtype), weight, shortcut.bias if bias is None else None))
+    stream.y, stream.bias = _convolve(block.conv2, inner, cache, block.norm2)
+    if bias is not None:
+        assert stream.bias is not None
+        stream.bias = stream.bias.float() + bias.float()
 
 
 def _attend(block: Any, x: Tensor) -> Tensor:
@@ -129,17 +189,14 @@ def _attend(block: Any, x: Tensor) -> Tensor:
     return laid(x + out.view(1, frames, height, width, channels).permute(0, 4, 1, 2, 3))
 
 
-def _upsample(module: Any, x: Tensor, cache: Cache, first: bool) -> Tensor:
+def _upsample(module: Any, stream: Stream, cache: Cache, first: bool) -> None:
     """Twice the height and width and, but for the first frame, twice the frames where the module is of that kind."""
     each = 1
     if module.mode == "upsample3d" and not first:
-        x, each = _convolve(module.time_conv, x, cache), 2
-    channels, frames, height, width = x.shape[1] // each, *x.shape[2:]
+        stream.x, stream.bias = _convolve(module.time_conv, stream, cache)
+        each = 2
     convolution = module.resample[1]
-    x = x.to(convolution.weight.dtype)
-    # Channels come as (frame of two, channel). Every pixel becomes 2 × 2, and the frames go apart, in one copy.
-    x = x[0].permute(1, 2, 3, 0).unflatten(-1, (each, channels)).permute(0, 3, 1, 2, 4)
-    x = x[:, :, :, None, :, None].expand(frames, each, height, 2, width, 2, channels)
-    x = x.reshape(frames * each, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
-    x = F.conv2d(x, convolution.weight, convolution.bias, padding=1)
-    return laid(x.transpose(0, 1)[None])
+    late = _late(convolution)
+    x = double_pixels(*stream.taken(), each, convolution.weight.dtype)
+    x = F.conv2d(x, convolution.weight, convolution.bias if late is None else None, padding=1)
+    stream.x, stream.bias = laid(x.transpose(0, 1)[None]), late

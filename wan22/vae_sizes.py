@@ -85,10 +85,11 @@ def decode_terms(latent_shape: Sequence[int], width: int, grid: Grid, item: int 
         "weights": ceil(507_609_880 * (width / 96) ** 2),  # of the published file, as the square of the width
         "latents": 2 * 4 * prod(latent_shape),
         "caches of convolutions": caches + 5 * 2 * middle,
-        # A residual block: its input, a convolution's input with the kept frames, and its output. Before: what is
-        # doubled in size, of twice the channels, with what it is made from (in float32) and becomes. After: the last
-        # convolution's input, in float32, and the library's copy of it, of two frames and the two before at a time.
-        "last stage": int(last * max(2 + joined, 3 + 2 / item, 1 + (joined + 4 / at_once) * 4 / item)),
+        # A residual block: its input, a convolution's input with the kept frames, and its output, which waits for the
+        # next one's sum. Before: what is doubled in size, of twice the channels, and the two it is the sum of, one of
+        # them in float32. After: the last convolution's input, in float32, first with the two that it is made from,
+        # then with the library's copy of it, of two frames and the two before at a time.
+        "last stage": int(last * max(2 + joined, 2.5 + 2 / item, joined * 4 / item + max(2, 16 / at_once / item))),
         "frames": 2 * 4 * 3 * at_once * area * 64,
         **({"middle of all frames": middle * frames} if tiled else {}),
     }

@@ -16,14 +16,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-norm, residual, rope, gelu, rows, product, attention = (importlib.import_module(f"wan22.kernels.{name}") for name in
-    ("norm_modulate", "gated_residual", "qk_norm_rope", "gelu", "quantize_rows", "product_8bit", "attention_8bit"))
+norm, residual, rope, gelu, rows, product, attention, silu, double = (
+    importlib.import_module(f"wan22.kernels.{name}") for name in ("norm_modulate", "gated_residual", "qk_norm_rope",
+    "gelu", "quantize_rows", "product_8bit", "attention_8bit", "norm_silu", "double_pixels"))
 row = {"C": 320, "BLOCK": 512, "LARGEST": 0}
 turned_row = {"C": 320, "BLOCK": 512}
 EIGHT = ((448.0, "*fp8e4nv"), (127.0, "*i8"))
 block = {"D": 64, "ROWS": 64, "COLUMNS": 64, "SHIFT": 8.0, "v_token": 1}
+pixel = {"C": 96, "BLOCK": 128, "PIXELS": 16}
 FLAGS = ("GATED", "NORMED", "PLUS_ONE")
-VALUES = {"x": "*bf16", "y": "*bf16", "q": "*i8", "k": "*i8", "eps": "fp32", "multiply": "fp32", "normed": "*bf16"}
+VALUES = {"x": "*bf16", "y": "*bf16", "q": "*i8", "k": "*i8", "eps": "fp32", "multiply": "fp32", "root": "fp32",
+          "normed": "*bf16"}
 WORK = [  # kernel, constants, tensors whose dtype is not float32
     (norm._kernel, row, {"x": "*fp32", "out": "*bf16"}),
     *((norm._kernel, row | {"LARGEST": most}, {"x": "*fp32", "out": kind}) for most, kind in EIGHT),
@@ -42,10 +45,15 @@ WORK = [  # kernel, constants, tensors whose dtype is not float32
        {"v": "*bf16", "out": kind}) for ordered, (most, kind) in ((False, EIGHT[0]), (True, EIGHT[1]))),
     *((attention._attend_kernel, block | {"PV": pv}, {"v": kind, "out": "*bf16"})
       for pv, kind in enumerate(("*bf16", "*fp8e4nv", "*i8"))),
+    *((silu._kernel, pixel | dict(zip(("NORMED", "SUMMED", "BIASED", "KEPT"), flags)),
+       {"x": "*fp32", "out": "*bf16", "bias": "*bf16"})
+      for flags in ((1, 0, 0, 0), (1, 0, 1, 0), (1, 1, 1, 1), (0, 1, 1, 0))),
+    *((double._kernel, pixel | {"EACH": each, "SUMMED": 2 - each, "BIASED": 1}, {"x": "*fp32", "out": "*bf16"})
+      for each in (1, 2)),
 ]
 POINTERS = ("x", "y", "q", "k", "v", "out", "gate", "shift", "scale", "new_x", "normed", "weight", "cos", "sin", "mean",
             "factor", "matrix", "q_scale", "k_scale", "v_scale", "v_mean", "out_scale", "normed_scale", "x_scale",
-            "weight_scale", "bias")
+            "weight_scale", "bias", "gamma", "total")
 for capability in (80, 90):
     for kernel, constants, kinds in WORK:
         kinds = VALUES | kinds
@@ -94,5 +102,5 @@ def test_kernels_compile(tmp_path):
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len([line for line in lines if "attention_hopper" not in line]) == 42
-    assert len(lines) - 42 == 2 * attention_hopper.GLUON
+    assert len([line for line in lines if "attention_hopper" not in line]) == 54
+    assert len(lines) - 54 == 2 * attention_hopper.GLUON

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from wan22.kernels import dispatch, gelu, gelu_quantize, norm_modulate, norm_silu, qk_norm_rope, rms_norm
+from wan22.kernels import (
+    dispatch,
+    double_pixels,
+    gelu,
+    gelu_quantize,
+    norm_modulate,
+    norm_silu,
+    qk_norm_rope,
+    rms_norm,
+)
 from wan22.kernels.gated_residual import gated_residual, gated_residual_norm, gated_residual_norm_modulate
 from wan22.model import TransformerConfig, WanTransformer
 
@@ -121,6 +130,51 @@ def test_norm_silu(forced, draw, twin, channels, dtype):
     check("norm_silu", rooms[0], rooms[1], absolute=5e-6)
     assert (rooms[0][:, :, :2] == 7).all()
     assert (rooms[0][:, :, 3, 2, 4] == 0).all()
+
+
+def last(x):
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("channels", [96, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("summed", [True, False])
+@pytest.mark.parametrize("over", ["x", "y", "none"])
+@pytest.mark.parametrize("normed", [True, False])
+def test_norm_silu_of_a_sum(forced, draw, twin, channels, dtype, summed, over, normed):
+    """A bias and a residual block's sum, over what it is made of or not kept, in both dtypes."""
+    x, y = (last(draw(1, channels, 2, 3, 5, dtype=kind, spread=3)) for kind in (torch.float32, dtype))
+    gamma, bias = draw(channels) if normed else None, draw(channels, dtype=dtype)
+    if over == "y" and not summed:
+        pytest.skip("there is no y")
+    found = []
+    for run in (norm_silu, lambda *args: twin(norm_silu, *args)):
+        own = {"x": last(x.clone()), "y": last(y.clone())}
+        out = last(torch.empty_like(x, dtype=dtype))
+        run(own["x"], gamma, out, own["y"] if summed else None, bias, own.get(over))
+        untouched = [name for name, before in (("x", x), ("y", y)) if torch.equal(own[name], before)]
+        assert untouched == [name for name in ("x", "y") if name != over]
+        found.append((out, own["x"], own["y"]))
+    check("norm_silu of a sum", *found, absolute=5e-6)
+
+
+@pytest.mark.parametrize(("channels", "each", "width"), [(96, 1, 5), (6, 2, 7), (16, 2, 4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("pending", [True, False])
+def test_double_pixels(forced, draw, twin, channels, each, width, dtype, pending):
+    """More pixels than one program's; rows, frames and frames of two where they belong."""
+    x = last(draw(1, each * channels, 3, 3, width, spread=3))
+    y, bias = last(draw(1, each * channels, 3, 3, width, dtype=dtype)), draw(each * channels)
+    y, bias = (y, bias) if pending else (None, None)
+    args = (x, y, bias, each, dtype)
+    ours = double_pixels(*args)
+    check("double_pixels", ours, twin(double_pixels, *args))
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    whole = x if y is None else x + bias.view(-1, 1, 1, 1) + y.float()
+    for frame in range(3 * each):
+        part = whole[0, frame % each * channels : (frame % each + 1) * channels, frame // each]
+        expected = part.repeat_interleave(2, 1).repeat_interleave(2, 2).to(dtype)
+        check("a frame", ours[frame].contiguous(), expected)
 
 
 def test_gelu_quantize(forced, draw, twin):

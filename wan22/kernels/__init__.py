@@ -1,12 +1,13 @@
 """The model's few fused operations, one a file, each a Triton kernel beside the plain-torch form that defines it.
 
-`model.py` is written in these names (the VAE's decoder: in `norm_silu`), so that making one of them faster changes this
-folder and not the model.
+`model.py` is written in these names (the VAE's decoder: in `norm_silu` and `double_pixels`), so that making one of them
+faster changes this folder and not the model.
 Accumulation and everything that is not a matrix product is float32; the result is rounded once, to the dtype asked.
 Which form runs is decided in dispatch.py. Asked for an 8-bit dtype, an operation writes `Quantized` rows for an 8-bit
 product. `attention_8bit`, `product_8bit` and `quantize_rows` stand apart: they approximate.
 """
 
+from wan22.kernels.double_pixels import double_pixels
 from wan22.kernels.gated_residual import gated_residual, gated_residual_norm, gated_residual_norm_modulate
 from wan22.kernels.gelu import gelu, gelu_quantize
 from wan22.kernels.norm_modulate import norm_modulate
@@ -17,6 +18,7 @@ from wan22.kernels.quantize_rows import Quantized, Rows, quantize_rows
 __all__ = [
     "Quantized",
     "Rows",
+    "double_pixels",
     "gated_residual",
     "gated_residual_norm",
     "gated_residual_norm_modulate",
