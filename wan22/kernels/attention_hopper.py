@@ -14,7 +14,6 @@ integer pipe, which converts, compares and permutes:
   relative: sums over keys are converted and added once a block. They are kept relative to the largest score of the
   block that came last, not of all so far: going on to the next block is then one multiplication and addition, the same
   that adds the block's own sum.
-- Scores are summed on top of BIASED, so that their bits are a float32 number (BIAS + score) and need no conversion.
 - A probability is a multiple of 2⁻²⁴: the conversion to float16, whose smallest number that is, rounds it, and leaves
   the whole number 0 … 127 in the lowest byte.
 - Values lie in the order in which the scores' product leaves its columns with the threads, so that probabilities become
@@ -60,8 +59,6 @@ QUERIES, TILE, SLOTS = 64, 128, 2  # queries of a warpgroup, keys of a tile, blo
 KEYS = 2 * TILE  # of a block
 DIMS = (64, 128)  # of a head
 
-BIASED = gl.constexpr(0x4B400000)  # whole numbers on top of this are the bits of float32 numbers on top of
-BIAS = gl.constexpr(12582912.0)  # 1.5 · 2²³; a score is at most 127² · 128, half of 2²²
 LEVEL = gl.constexpr(6.988684686772166 - 24)  # log2 of 127 · 2⁻²⁴
 LOWEST = gl.constexpr(-64.0)  # log2 of the least share of a row's largest score so far that a block can be counted by
 ROUND = gl.constexpr("""
@@ -73,9 +70,10 @@ prmt.b32 $0, lo, hi, 0x6420;
 }
 """)
 # Hardware barriers of both warpgroups, 8 and 9 (Triton's own begin at 0): one waits at its own till the other lets it
-# go on. Their number is computed from registers whose sign bits are never set, though no compiler knows: ptxas moves
-# exponentials beyond a barrier as soon as they are used beyond it alone.
-SIXTEEN, FOUR = gl.constexpr(",".join(["=r"] * 16 + ["r"] * 16)), gl.constexpr("=f,=f,=f,=f,f,f,f,f")
+# go on. Their number is computed from registers, by what is always 0, though no compiler knows: the sign of INT8
+# probabilities; of scores, which may have one, whether there are 32 zeros before their first 1. ptxas moves exponentials
+# beyond a barrier as soon as they are used beyond it alone.
+SIXTEEN, FOUR = gl.constexpr(",".join(["=r"] * 16 + ["r"] * 16)), gl.constexpr("=r,=r,=r,=r,r,r,r,r")
 BARRIERS = """
 {{
 .reg .b32 any, next;
@@ -91,6 +89,8 @@ bar.{what} any, 256;
 def _barrier(what: str, number: int, registers: int) -> Any:
     moves = "\n".join(f"mov.b32 ${at}, ${registers + at};" for at in range(registers))
     signs = "\n".join(f"mov.b32 next, ${at};\nor.b32 any, any, next;" for at in range(registers, 2 * registers))
+    if what == "arrive":
+        signs += "\nor.b32 any, any, 1;\nclz.b32 any, any;\nshl.b32 any, any, 26;"
     return gl.constexpr(BARRIERS.format(any=f"mov.b32 any, 0;\n{signs}", what=what, number=number, moves=moves))
 
 
@@ -226,14 +226,13 @@ def _consume(
     mine = queries[0].index(part)
     one, two, top = _scores(mine, tiles[0], 0, part, part == 1, ROWS, COLUMNS, SLOTS)
     for block in range(blocks - 1):
-        one, two = one.to(gl.float32, bitcast=True), two.to(gl.float32, bitcast=True)
         rate = step * gl.load(k_scale + block)
         state = _add(one, two, top, rate, state, tiles[1], block, part, True, D, ROWS, COLUMNS, SLOTS)
         one, two, top = _scores(mine, tiles[0], block + 1, part, True, ROWS, COLUMNS, SLOTS)
     last = blocks - 1
     columns = last * 2 * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, scores_layout))
-    one = gl.where((columns < keys)[None, :], one.to(gl.float32, bitcast=True), -3e38)
-    two = gl.where((columns + COLUMNS < keys)[None, :], two.to(gl.float32, bitcast=True), -3e38)
+    one = gl.where((columns < keys)[None, :], one, -(2**31))
+    two = gl.where((columns + COLUMNS < keys)[None, :], two, -(2**31))
     top = gl.convert_layout(_fold(one, False, ROWS, COLUMNS), EIGHT)
     rate = step * gl.load(k_scale + last)
     state = _add(one, two, top, rate, state, tiles[1], last, part, part == 0, D, ROWS, COLUMNS, SLOTS)
@@ -255,20 +254,20 @@ def _scores(
     queries, tiles, block, part: gl.constexpr, LETS: gl.constexpr,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """A block's products of queries and keys on top of BIASED, of each of its two tiles, and the largest of every
-    eighth of the first, found while the second is multiplied. LETS: then the other warpgroup has its turn."""
+    """A block's products of queries and keys, of each of its two tiles, and the largest of every eighth of the first,
+    found while the second is multiplied. LETS: then the other warpgroup has its turn."""
     k_tiles, k_full, k_empty = tiles
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     slot = block % SLOTS
-    biased = gl.full([ROWS, COLUMNS], BIASED, gl.int32, layout)
+    none = gl.zeros([ROWS, COLUMNS], gl.int32, layout)
     mbarrier.wait(k_full.index(slot), block // SLOTS % 2)
-    one = warpgroup_mma(queries, k_tiles.index(2 * slot).permute((1, 0)), biased, use_acc=True, is_async=True)
-    two = warpgroup_mma(queries, k_tiles.index(2 * slot + 1).permute((1, 0)), biased, use_acc=True, is_async=True)
+    one = warpgroup_mma(queries, k_tiles.index(2 * slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    two = warpgroup_mma(queries, k_tiles.index(2 * slot + 1).permute((1, 0)), none, use_acc=False, is_async=True)
     one = warpgroup_mma_wait(1, deps=[one])
-    top = gl.convert_layout(_fold(one.to(gl.float32, bitcast=True), False, ROWS, COLUMNS), EIGHT)
+    top = gl.convert_layout(_fold(one, False, ROWS, COLUMNS), EIGHT)
     if LETS:
         let: gl.constexpr = LET_0 if part == 0 else LET_1
-        top = gl.inline_asm_elementwise(let, FOUR, [top], dtype=gl.float32, is_pure=False, pack=4)
+        top = gl.inline_asm_elementwise(let, FOUR, [top], dtype=gl.int32, is_pure=False, pack=4)
     two = warpgroup_mma_wait(0, deps=[two])
     mbarrier.arrive(k_empty.index(slot))
     return one, two, top
@@ -279,8 +278,8 @@ def _add(
     one, two, top, rate, state, tiles, block, part: gl.constexpr, WAITS: gl.constexpr,
     D: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """A block's numbers [ROWS, COLUMNS], BIAS + score, of each tile; their probabilities and values go into the sums.
-    top: the largest of every eighth of the first. Exponents are of base 2. A block far below what came before is
+    """A block's products of whole numbers [ROWS, COLUMNS], of each tile: their probabilities and values go into the
+    sums. top: the largest of every eighth of the first. Exponents are of base 2. A block far below what came before is
     counted by LOWEST of that: what it adds is nothing, and the sums stay in range. WAITS: for this warpgroup's turn."""
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     row_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32]))
@@ -289,15 +288,13 @@ def _add(
     slot = block % SLOTS
     mbarrier.wait(v_full.index(slot), block // SLOTS % 2)
     top = gl.max(gl.maximum(top, gl.convert_layout(_fold(two, False, ROWS, COLUMNS), EIGHT)), 1)
-    top = (gl.convert_layout(top, row_layout) - BIAS) * rate
+    top = gl.convert_layout(top, row_layout).to(gl.float32) * rate
     peak = gl.maximum(peak, top)
-    shift = LEVEL - gl.maximum(top, peak + LOWEST) - BIAS * rate
-    # It is rounded to what fits BIAS: towards less, since a byte has room for 127, and the block is relative to that.
-    shift -= gl.maximum(shift, -shift) * 2.0**-22
-    now = LEVEL - (shift + BIAS * rate)
+    now = gl.maximum(top, peak + LOWEST)
+    shift = LEVEL - now
     fade = gl.exp2(base - now)
-    p_one = gl.exp2(one * rate[:, None] + shift[:, None])
-    p_two = gl.exp2(two * rate[:, None] + shift[:, None])
+    p_one = gl.exp2(one.to(gl.float32) * rate[:, None] + shift[:, None])
+    p_two = gl.exp2(two.to(gl.float32) * rate[:, None] + shift[:, None])
     added = _fold(p_one, True, ROWS, COLUMNS) + _fold(p_two, True, ROWS, COLUMNS)
     p_one, p_two = _packed(p_one, D, ROWS, COLUMNS), _packed(p_two, D, ROWS, COLUMNS)
 
