@@ -71,8 +71,8 @@ prmt.b32 $0, lo, hi, 0x6420;
 """)
 # Hardware barriers of both warpgroups, 8 and 9 (Triton's own begin at 0): one waits at its own till the other lets it
 # go on. Their number is computed from registers, by what is always 0, though no compiler knows: the sign of INT8
-# probabilities; of scores, which may have one, whether there are 32 zeros before their first 1. ptxas moves exponentials
-# beyond a barrier as soon as they are used beyond it alone.
+# probabilities; of scores, which may have one, whether there are 32 zeros before their first 1. ptxas moves
+# exponentials beyond a barrier as soon as they are used beyond it alone.
 SIXTEEN, FOUR = gl.constexpr(",".join(["=r"] * 16 + ["r"] * 16)), gl.constexpr("=r,=r,=r,=r,r,r,r,r")
 BARRIERS = """
 {{
