@@ -22,10 +22,6 @@ FAILURES: list[BaseException] = []  # of the program that runs
 class Block(torch.Tensor):
     """A tensor in registers."""
 
-    def to(self, dtype, bitcast=False):
-        """Bits as another type: in float64, since what is multiplied and added then is rounded once, as by the chip."""
-        return self.view(dtype).double() if bitcast else super().to(dtype)
-
 
 def block(tensor):
     return tensor.as_subclass(Block)
@@ -144,6 +140,7 @@ def warpgroup_mma_wait(outstanding, deps):
 def warp_specialize(functions, warps, registers):
     assert len(functions) == len(warps) + 1 == len(registers) + 1
     FAILURES.clear()
+    TURNS.clear()
     inference = torch.is_inference_mode_enabled()
 
     def run(function, args):
@@ -162,12 +159,31 @@ def warp_specialize(functions, warps, registers):
         raise FAILURES[0]
 
 
+TURNS: dict[str, Barrier] = {}  # hardware barriers of the program that runs, by number: one waits, one lets
+
+
 def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
-    """The one that there is, known by its instructions: PTX is not read."""
-    assert (constraints, pack) == ("=r,r,r,r,r", 4)
-    assert [line.split()[0] for line in asm.splitlines() if line[-1:] == ";"] == [
-        ".reg", "cvt.rn.f16x2.f32", "cvt.rn.f16x2.f32", "prmt.b32"]  # fmt: skip
-    return block((args[0].half().view(torch.int16) & 0xFF).to(dtype))
+    """The two that there are, known by their instructions: PTX is not read."""
+    lines = [line.split() for line in asm.splitlines() if line[-1:] == ";"]
+    names = [line[0] for line in lines]
+    if names == [".reg", "cvt.rn.f16x2.f32", "cvt.rn.f16x2.f32", "prmt.b32"]:
+        assert (constraints, pack, is_pure) == ("=r,r,r,r,r", 4, True)
+        return block((args[0].half().view(torch.int16) & 0xFF).to(dtype))
+    what = next(name for name in names if name.startswith("bar."))
+    assert not is_pure
+    registers = constraints.count(",") // 2 + 1
+    assert pack * dtype.itemsize == 4 * registers
+    if what == "bar.sync":
+        assert (args[0] >= 0).all(), "a sign bit is set, and the barrier another one"
+    barrier = TURNS.setdefault(next(line[-1] for line in lines if line[0] == "add.u32"), Barrier())
+    with barrier.changed:
+        if not barrier.count:
+            barrier.init(2)
+        phase = barrier.phase % 2
+    barrier.change(1, 0)
+    if what == "bar.sync":
+        barrier.wait(phase)
+    return args[0]
 
 
 class Kernel:

@@ -23,6 +23,7 @@ from wan22.kernels.attention_8bit import (
     quantize,
     quantize_v,
     smooth,
+    statistics,
 )
 from wan22.pipeline import Pipeline
 from wan22.report import Reporter
@@ -142,6 +143,16 @@ def test_values_as_the_kernel_wants_them(forced, device, kind):
     differing = (ours[:, : v.shape[1]].float() != plain.float()).double().mean().item()
     print(f"{kind}: {differing:.2%} differ")
     assert differing < (0.06 if kind == FP8 and device.type == "cpu" else 0.002)  # FP8 in the interpreter loses carries
+
+
+def test_statistics(forced, device):
+    x = outlying(length=1500, heads=2, dim=32, batch=2)[1].to(device)[:, 3:]
+    exact = x.double()
+    for ours, theirs in zip(
+        statistics(x), (exact.mean(1), exact.square().mean(1), exact.amax(1), exact.amin(1)), strict=True
+    ):
+        assert ours.dtype == torch.float32
+        assert torch.allclose(ours.double(), theirs[:, None], rtol=1e-5, atol=1e-5)
 
 
 # Of what Hopper's kernel is tried on: less than a tile of keys, more than one, an odd number of tiles, and more blocks

@@ -41,6 +41,7 @@ WORK = [  # kernel, constants, tensors whose dtype is not float32
        {"x": "*i8", "weight": "*i8", "bias": "*bf16", "out": "*bf16"}) for blocks in (product.LARGE, product.SMALL)),
     *((attention._rotate_kernel, {"D": 64, "ROWS": 64, "BLOCK": shared, "BLOCKS": 8}, {"out": "*i8"})
       for shared in (True, False)),
+    (attention._statistics_kernel, {"D": 64, "ROWS": 64, "CHUNK": 1024}, {"x": "*bf16", "parts": "*fp32"}),
     *((attention._transpose_kernel, {"D": 64, "ROWS": 64, "LARGEST": most, "ORDERED": ordered},
        {"v": "*bf16", "out": kind}) for ordered, (most, kind) in ((False, EIGHT[0]), (True, EIGHT[1]))),
     *((attention._attend_kernel, block | {"PV": pv}, {"v": kind, "out": "*bf16"})
@@ -102,5 +103,5 @@ def test_kernels_compile(tmp_path):
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len([line for line in lines if "attention_hopper" not in line]) == 54
-    assert len(lines) - 54 == 2 * attention_hopper.GLUON
+    assert len([line for line in lines if "attention_hopper" not in line]) == 56
+    assert len(lines) - 56 == 2 * attention_hopper.GLUON

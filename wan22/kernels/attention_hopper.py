@@ -14,7 +14,6 @@ integer pipe, which converts, compares and permutes:
   relative: sums over keys are converted and added once a block. They are kept relative to the largest score of the
   block that came last, not of all so far: going on to the next block is then one multiplication and addition, the same
   that adds the block's own sum.
-- Scores are summed on top of BIASED, so that their bits are a float32 number (BIAS + score) and need no conversion.
 - A probability is a multiple of 2⁻²⁴: the conversion to float16, whose smallest number that is, rounds it, and leaves
   the whole number 0 … 127 in the lowest byte.
 - Values lie in the order in which the scores' product leaves its columns with the threads, so that probabilities become
@@ -56,12 +55,10 @@ except (ImportError, AttributeError):
             return value
 
 
-QUERIES, TILE, SLOTS = 64, 128, 4  # queries of a warpgroup, keys of a tile, tiles of keys (and of values) in flight
+QUERIES, TILE, SLOTS = 64, 128, 2  # queries of a warpgroup, keys of a tile, blocks in flight
 KEYS = 2 * TILE  # of a block
 DIMS = (64, 128)  # of a head
 
-BIASED = gl.constexpr(0x4B400000)  # whole numbers on top of this are the bits of float32 numbers on top of
-BIAS = gl.constexpr(12582912.0)  # 1.5 · 2²³; a score is at most 127² · 128, half of 2²²
 LEVEL = gl.constexpr(6.988684686772166 - 24)  # log2 of 127 · 2⁻²⁴
 LOWEST = gl.constexpr(-64.0)  # log2 of the least share of a row's largest score so far that a block can be counted by
 ROUND = gl.constexpr("""
@@ -72,6 +69,33 @@ cvt.rn.f16x2.f32 hi, $4, $3;
 prmt.b32 $0, lo, hi, 0x6420;
 }
 """)
+# Hardware barriers of both warpgroups, 8 and 9 (Triton's own begin at 0): one waits at its own till the other lets it
+# go on. Their number is computed from registers, by what is always 0, though no compiler knows: the sign of INT8
+# probabilities; of scores, which may have one, whether there are 32 zeros before their first 1. ptxas moves
+# exponentials beyond a barrier as soon as they are used beyond it alone.
+SIXTEEN, FOUR = gl.constexpr(",".join(["=r"] * 16 + ["r"] * 16)), gl.constexpr("=r,=r,=r,=r,r,r,r,r")
+BARRIERS = """
+{{
+.reg .b32 any, next;
+{any}
+shr.u32 any, any, 31;
+add.u32 any, any, {number};
+bar.{what} any, 256;
+{moves}
+}}
+"""
+
+
+def _barrier(what: str, number: int, registers: int) -> Any:
+    moves = "\n".join(f"mov.b32 ${at}, ${registers + at};" for at in range(registers))
+    signs = "\n".join(f"mov.b32 next, ${at};\nor.b32 any, any, next;" for at in range(registers, 2 * registers))
+    if what == "arrive":
+        signs += "\nor.b32 any, any, 1;\nclz.b32 any, any;\nshl.b32 any, any, 26;"
+    return gl.constexpr(BARRIERS.format(any=f"mov.b32 any, 0;\n{signs}", what=what, number=number, moves=moves))
+
+
+WAIT_0, WAIT_1 = (_barrier("sync", number, 16) for number in (8, 9))
+LET_0, LET_1 = (_barrier("arrive", number, 4) for number in (9, 8))
 # Rows of a warpgroup as its threads have them, and two columns for each of four threads: eight.
 EIGHT = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -120,17 +144,15 @@ def attend_kernel(
     here = sample * heads + head
     first, blocks = gl.program_id(0) * (2 * ROWS), gl.cdiv(keys, 2 * COLUMNS)
     q_tiles = gl.allocate_shared_memory(gl.int8, [2, ROWS, D], q.layout)
-    k_tiles = gl.allocate_shared_memory(gl.int8, [SLOTS, COLUMNS, D], k.layout)
-    v_tiles = gl.allocate_shared_memory(gl.int8, [SLOTS, D, COLUMNS], v.layout)
+    k_tiles = gl.allocate_shared_memory(gl.int8, [2 * SLOTS, COLUMNS, D], k.layout)
+    v_tiles = gl.allocate_shared_memory(gl.int8, [2 * SLOTS, D, COLUMNS], v.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for part in gl.static_range(2):
         mbarrier.init(q_full.index(part), count=1)
-        mbarrier.init(turns.index(part), count=1)
     for slot in gl.static_range(SLOTS):
         mbarrier.init(k_full.index(slot), count=1)
         mbarrier.init(v_full.index(slot), count=1)
@@ -138,15 +160,15 @@ def attend_kernel(
         mbarrier.init(v_empty.index(slot), count=2)
     fence_async_shared()
     barrier()
-    queries, turn = (q_tiles, q_full), (turns,)
+    queries = (q_tiles, q_full)
     tiles = ((k_tiles, k_full, k_empty), (v_tiles, v_full, v_empty))
     scales = (q_scale, k_scale, v_scale, v_mean)
     place = (first, here, length, keys, blocks)
     target = (out, sample, head, heads)
     gl.warp_specialize(
         [
-            (_consume, (0, scales, queries, tiles, turn, place, target, D, ROWS, COLUMNS, SLOTS)),
-            (_consume, (1, scales, queries, tiles, turn, place, target, D, ROWS, COLUMNS, SLOTS)),
+            (_consume, (0, scales, queries, tiles, place, target, D, ROWS, COLUMNS, SLOTS)),
+            (_consume, (1, scales, queries, tiles, place, target, D, ROWS, COLUMNS, SLOTS)),
             (_produce, (q, k, v, queries, tiles, place, D, ROWS, COLUMNS, SLOTS)),
         ],
         [4, 1],
@@ -158,32 +180,30 @@ def attend_kernel(
 def _produce(
     q, k, v, queries, tiles, place, D: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr
 ):  # fmt: skip
-    """Fetch every tile as soon as both warpgroups are done with what lay in its place. A tile beyond the last key is
+    """Fetch every block as soon as both warpgroups are done with what lay in its place. A tile beyond the last key is
     fetched too: what it holds is masked, or times zero."""
     k_tiles, k_full, k_empty = tiles[0]
     v_tiles, v_full, v_empty = tiles[1]
     first, here, length, keys, blocks = place
     for part in gl.static_range(2):
-        _fetch(q, here * length + first + part * ROWS, 0, queries[1], part, queries[0], ROWS * D)
-    for number in range(2 * blocks):
-        slot = number % SLOTS
-        before = (number // SLOTS + 1) % 2  # the phase in which the tile that lay there was read
-        mbarrier.wait(k_empty.index(slot), before, pred=number >= SLOTS)
-        _fetch(k, here * keys + number * COLUMNS, 0, k_full, slot, k_tiles, COLUMNS * D)
-        mbarrier.wait(v_empty.index(slot), before, pred=number >= SLOTS)
-        _fetch(v, here * D, number * COLUMNS, v_full, slot, v_tiles, COLUMNS * D)
-
-
-@jit
-def _fetch(tensor, row, column, bars, slot, tiles, BYTES: gl.constexpr):
-    """Have a tile copied to shared memory; its barrier's phase ends when all of it is there."""
-    mbarrier.expect(bars.index(slot), BYTES)
-    tma_load(tensor, [row, column], bars.index(slot), tiles.index(slot))
+        mbarrier.expect(queries[1].index(part), ROWS * D)
+        tma_load(q, [here * length + first + part * ROWS, 0], queries[1].index(part), queries[0].index(part))
+    for block in range(blocks):
+        slot, at = block % SLOTS, block * 2 * COLUMNS
+        before = (block // SLOTS + 1) % 2  # the phase in which the block that lay there was read
+        mbarrier.wait(k_empty.index(slot), before, pred=block >= SLOTS)
+        mbarrier.expect(k_full.index(slot), 2 * COLUMNS * D)
+        tma_load(k, [here * keys + at, 0], k_full.index(slot), k_tiles.index(2 * slot))
+        tma_load(k, [here * keys + at + COLUMNS, 0], k_full.index(slot), k_tiles.index(2 * slot + 1))
+        mbarrier.wait(v_empty.index(slot), before, pred=block >= SLOTS)
+        mbarrier.expect(v_full.index(slot), 2 * COLUMNS * D)
+        tma_load(v, [here * D, at], v_full.index(slot), v_tiles.index(2 * slot))
+        tma_load(v, [here * D, at + COLUMNS], v_full.index(slot), v_tiles.index(2 * slot + 1))
 
 
 @jit
 def _consume(
-    part: gl.constexpr, scales, queries, tiles, turn, place, target,
+    part: gl.constexpr, scales, queries, tiles, place, target,
     D: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: ROWS queries over all keys. No product is under way when the loop turns; ptxas would wait."""
@@ -204,18 +224,18 @@ def _consume(
 
     mbarrier.wait(queries[1].index(part), 0)
     mine = queries[0].index(part)
-    one, two = _scores(mine, tiles[0], 0, turn, part, ROWS, COLUMNS, SLOTS)
+    one, two, top = _scores(mine, tiles[0], 0, part, part == 1, ROWS, COLUMNS, SLOTS)
     for block in range(blocks - 1):
-        one, two = one.to(gl.float32, bitcast=True), two.to(gl.float32, bitcast=True)
         rate = step * gl.load(k_scale + block)
-        state = _add(one, two, rate, state, tiles[1], block, turn, part, D, ROWS, COLUMNS, SLOTS)
-        one, two = _scores(mine, tiles[0], block + 1, turn, part, ROWS, COLUMNS, SLOTS)
+        state = _add(one, two, top, rate, state, tiles[1], block, part, True, D, ROWS, COLUMNS, SLOTS)
+        one, two, top = _scores(mine, tiles[0], block + 1, part, True, ROWS, COLUMNS, SLOTS)
     last = blocks - 1
     columns = last * 2 * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, scores_layout))
-    one = gl.where((columns < keys)[None, :], one.to(gl.float32, bitcast=True), -3e38)
-    two = gl.where((columns + COLUMNS < keys)[None, :], two.to(gl.float32, bitcast=True), -3e38)
+    one = gl.where((columns < keys)[None, :], one, -(2**31))
+    two = gl.where((columns + COLUMNS < keys)[None, :], two, -(2**31))
+    top = gl.convert_layout(_fold(one, False, ROWS, COLUMNS), EIGHT)
     rate = step * gl.load(k_scale + last)
-    state = _add(one, two, rate, state, tiles[1], last, turn, None, D, ROWS, COLUMNS, SLOTS)
+    state = _add(one, two, top, rate, state, tiles[1], last, part, part == 0, D, ROWS, COLUMNS, SLOTS)
     result, total, _, _ = state
 
     out, sample, head, heads = target
@@ -231,64 +251,62 @@ def _consume(
 
 @jit
 def _scores(
-    queries, tiles, block, turn, part: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr
+    queries, tiles, block, part: gl.constexpr, LETS: gl.constexpr,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """A block's products of queries and keys on top of BIASED, of each of its two tiles; ends this warpgroup's turn."""
+    """A block's products of queries and keys, of each of its two tiles, and the largest of every eighth of the first,
+    found while the second is multiplied. LETS: then the other warpgroup has its turn."""
     k_tiles, k_full, k_empty = tiles
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
-    slot, phase = 2 * block % SLOTS, 2 * block // SLOTS % 2
-    biased = gl.full([ROWS, COLUMNS], BIASED, gl.int32, layout)
-    mbarrier.wait(k_full.index(slot), phase)
-    mbarrier.wait(k_full.index(slot + 1), phase)
-    one = warpgroup_mma(queries, k_tiles.index(slot).permute((1, 0)), biased, use_acc=True, is_async=True)
-    two = warpgroup_mma(queries, k_tiles.index(slot + 1).permute((1, 0)), biased, use_acc=True, is_async=True)
-    mbarrier.arrive(turn[0].index(1 - part), pred=block > 0)
+    slot = block % SLOTS
+    none = gl.zeros([ROWS, COLUMNS], gl.int32, layout)
+    mbarrier.wait(k_full.index(slot), block // SLOTS % 2)
+    one = warpgroup_mma(queries, k_tiles.index(2 * slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    two = warpgroup_mma(queries, k_tiles.index(2 * slot + 1).permute((1, 0)), none, use_acc=False, is_async=True)
     one = warpgroup_mma_wait(1, deps=[one])
-    mbarrier.arrive(k_empty.index(slot))
+    top = gl.convert_layout(_fold(one, False, ROWS, COLUMNS), EIGHT)
+    if LETS:
+        let: gl.constexpr = LET_0 if part == 0 else LET_1
+        top = gl.inline_asm_elementwise(let, FOUR, [top], dtype=gl.int32, is_pure=False, pack=4)
     two = warpgroup_mma_wait(0, deps=[two])
-    mbarrier.arrive(k_empty.index(slot + 1))
-    return one, two
+    mbarrier.arrive(k_empty.index(slot))
+    return one, two, top
 
 
 @jit
 def _add(
-    one, two, rate, state, tiles, block, turn, part: gl.constexpr,
+    one, two, top, rate, state, tiles, block, part: gl.constexpr, WAITS: gl.constexpr,
     D: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """A block's numbers [ROWS, COLUMNS], BIAS + score, of each tile; their probabilities and values go into the sums.
-    Exponents are of base 2. A block far below what came before is counted by LOWEST of that: what it adds is nothing,
-    and the sums stay in range. part: of the warpgroup, which waits for its turn; None: it needs none any more."""
+    """A block's products of whole numbers [ROWS, COLUMNS], of each tile: their probabilities and values go into the
+    sums. top: the largest of every eighth of the first. Exponents are of base 2. A block far below what came before is
+    counted by LOWEST of that: what it adds is nothing, and the sums stay in range. WAITS: for this warpgroup's turn."""
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     row_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32]))
     v_tiles, v_full, v_empty = tiles
     result, total, peak, base = state
-    top = gl.max(gl.maximum(_fold(one, False, ROWS, COLUMNS), _fold(two, False, ROWS, COLUMNS)), 1)
-    top = (gl.convert_layout(top, row_layout) - BIAS) * rate
+    slot = block % SLOTS
+    mbarrier.wait(v_full.index(slot), block // SLOTS % 2)
+    top = gl.max(gl.maximum(top, gl.convert_layout(_fold(two, False, ROWS, COLUMNS), EIGHT)), 1)
+    top = gl.convert_layout(top, row_layout).to(gl.float32) * rate
     peak = gl.maximum(peak, top)
-    shift = LEVEL - gl.maximum(top, peak + LOWEST) - BIAS * rate
-    # It is rounded to what fits BIAS: towards less, since a byte has room for 127, and the block is relative to that.
-    shift -= gl.maximum(shift, -shift) * 2.0**-22
-    now = LEVEL - (shift + BIAS * rate)
+    now = gl.maximum(top, peak + LOWEST)
+    shift = LEVEL - now
     fade = gl.exp2(base - now)
-    p_one = gl.exp2(one * rate[:, None] + shift[:, None])
-    p_two = gl.exp2(two * rate[:, None] + shift[:, None])
+    p_one = gl.exp2(one.to(gl.float32) * rate[:, None] + shift[:, None])
+    p_two = gl.exp2(two.to(gl.float32) * rate[:, None] + shift[:, None])
     added = _fold(p_one, True, ROWS, COLUMNS) + _fold(p_two, True, ROWS, COLUMNS)
     p_one, p_two = _packed(p_one, D, ROWS, COLUMNS), _packed(p_two, D, ROWS, COLUMNS)
 
-    slot, phase = 2 * block % SLOTS, 2 * block // SLOTS % 2
-    mbarrier.wait(v_full.index(slot), phase)
-    mbarrier.wait(v_full.index(slot + 1), phase)
-    if part == 0:
-        mbarrier.wait(turn[0].index(0), (block + 1) % 2, pred=block > 0)
-    elif part == 1:
-        mbarrier.wait(turn[0].index(1), block % 2)
+    if WAITS:
+        wait: gl.constexpr = WAIT_0 if part == 0 else WAIT_1
+        p_two = gl.inline_asm_elementwise(wait, SIXTEEN, [p_two], dtype=gl.int8, is_pure=False, pack=64)
     sums = gl.zeros([ROWS, D], gl.int32, sums_layout)
-    sums = warpgroup_mma(p_one, v_tiles.index(slot).permute((1, 0)), sums, use_acc=False, is_async=True)
-    sums = warpgroup_mma(p_two, v_tiles.index(slot + 1).permute((1, 0)), sums, use_acc=True, is_async=True)
+    sums = warpgroup_mma(p_one, v_tiles.index(2 * slot).permute((1, 0)), sums, use_acc=False, is_async=True)
+    sums = warpgroup_mma(p_two, v_tiles.index(2 * slot + 1).permute((1, 0)), sums, use_acc=True, is_async=True)
     total = total * gl.convert_layout(fade, gl.SliceLayout(1, EIGHT))[:, None] + gl.convert_layout(added, EIGHT)
     sums = warpgroup_mma_wait(0, deps=[sums])
     mbarrier.arrive(v_empty.index(slot))
-    mbarrier.arrive(v_empty.index(slot + 1))
     fade = gl.convert_layout(fade, gl.SliceLayout(1, sums_layout))
     return result * fade[:, None] + sums.to(gl.float32), total, peak, now
 
