@@ -33,13 +33,12 @@ from wan22.several.launch import Team, team_of
 from wan22.several.mesh import Mesh
 
 GIB = 1 << 30
-MODES = {  # guidance and Ulysses ranks of n, parts of a rank's heads, sharded
-    "one": lambda n: (Mesh(), 1, False),
-    "guidance": lambda n: (Mesh(2, 1, n // 2), 2, False),
-    "ulysses": lambda n: (Mesh(1, 1, n), 2, False),
-    "unoverlapped": lambda n: (Mesh(1, 1, n), 1, False),
-    "ring": lambda n: (Mesh(1, n, 1), 2, False),
-    "sharded": lambda n: (Mesh(1, 1, n), 2, True),
+MODES = {  # the mesh of n ranks, and whether experts are sharded
+    "one": lambda n: (Mesh(), False),
+    "guidance": lambda n: (Mesh(2, 1, n // 2), False),
+    "ulysses": lambda n: (Mesh(1, 1, n), False),
+    "ring": lambda n: (Mesh(1, n, 1), False),
+    "sharded": lambda n: (Mesh(1, 1, n), True),
 }
 PUBLISHED = {"H100": {1: 1041.5, 8: 155.1}, "A100": {1: 2735.7, 8: 386.7}}  # seconds of a video; the model's README
 
@@ -106,7 +105,7 @@ class Bench:
             else:
                 tensor.normal_(std=self.config.dim**-0.5, generator=self.seed)
 
-    def model(self, mesh: Mesh, overlapped: int, sharded: bool) -> tuple[Any, Any]:
+    def model(self, mesh: Mesh, sharded: bool) -> tuple[Any, Any]:
         """A model and what evaluates it; its weights are this rank's only ones."""
         from wan22.load import assemble, room_for
         from wan22.model import WanTransformer
@@ -124,7 +123,7 @@ class Bench:
             assemble(model, state, self.attention)
         if mesh.world == 1:
             return model, None
-        ranks = Ranks(self.team, mesh, self.device, overlapped, sharded)
+        ranks = Ranks(self.team, mesh, self.device, sharded)
         ranks.split(model)
         return model, ranks
 
@@ -162,9 +161,9 @@ class Bench:
     def _measure(self, mode: str) -> dict[str, Any]:
         from wan22.sampling import evaluate
 
-        mesh, overlapped, sharded = MODES[mode](self.team.world)
+        mesh, sharded = MODES[mode](self.team.world)
         with torch.inference_mode(False), torch.no_grad():
-            model, ranks = self.model(mesh, overlapped, sharded)
+            model, ranks = self.model(mesh, sharded)
         context = torch.randn(1, 100, self.config.text_dim, generator=self.seed, device=self.device)
         keys = model.embed_context(context)
         latents, timestep = self.inputs()
@@ -216,13 +215,9 @@ class Bench:
         return self.clock(run) / 2 * self.config.num_layers
 
 
-class _Done:
-    def wait(self) -> None: ...
-
-
-def stay(send: Tensor, sizes: list[int], back: list[int]) -> tuple[Tensor, _Done]:
+def stay(send: Tensor, sizes: list[int], back: list[int]) -> Tensor:
     """In place of a message: what would have gone is what comes."""
-    return (send if len(send) == sum(back) else send.repeat(-(-sum(back) // len(send)))[: sum(back)]), _Done()
+    return send if len(send) == sum(back) else send.repeat(-(-sum(back) // len(send)))[: sum(back)]
 
 
 def main() -> None:

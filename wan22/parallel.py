@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self
@@ -30,8 +30,6 @@ from wan22.several.watch import Member, Watchman, count_processor_time, first_ti
 from wan22.signals import ending_at_once
 
 PATIENCE = timedelta(minutes=30)  # for one message; who does not answer is found out by watch.py, and sooner
-OVERLAPPED = {"cuda": 2, "cpu": 1}  # parts of a rank's heads: one is attended to while the next one's are on their way
-
 
 # Its newer name, and its older one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -71,7 +69,6 @@ class Ranks:
     team: Team
     mesh: Mesh
     device: torch.device
-    overlapped: int = 1
     shard_experts: bool = False
     shard_text: bool = False
     counts: Counts = field(default_factory=Counts)
@@ -121,7 +118,7 @@ class Ranks:
         device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
         if kind == "cpu":
             count_processor_time()
-        ranks = cls(team, mesh, device, OVERLAPPED[kind], placement.dit_fsdp, placement.t5_fsdp)
+        ranks = cls(team, mesh, device, placement.dit_fsdp, placement.t5_fsdp)
         if kind == "cuda":
             cards = ranks.gather((platform.node(), str(torch.cuda.get_device_properties(device).uuid)))
             if len(set(cards)) < len(cards):
@@ -217,87 +214,83 @@ class Ranks:
 
         Ulysses: l tokens of all heads become all tokens (of one place of the ring) of n heads, and back. Ring: the keys
         and values of the other places are gathered, so that any backend serves and none need tell its log-sum-exps;
-        the bytes sent are those of the ring's own scheme. A rank's heads are done in parts: while one is attended to,
-        the next one's numbers are on their way.
+        the bytes sent are those of the ring's own scheme. Messages and attention take turns: beside one another they
+        were as slow, or slower (docs/parallel.md).
         """
         tick()
         layout, ranks = self.layout, self.layout.ulysses
         if layout.sequence == 1:
             self.counts.heads = q.shape[2]
             return backend(q, k, v)
-        place = layout.order // ranks
+        place, own = divmod(layout.order, ranks)
         lengths = self._lengths[place * ranks : (place + 1) * ranks]  # of the ranks of this Ulysses group
-        parts = head_parts(q.shape[2], ranks, min(self.overlapped, q.shape[2] // ranks))
-        own = layout.order % ranks
-        self.counts.heads = sum(part[own].stop - part[own].start for part in parts)
-        coming = [self._to_heads(q, k, v, part, lengths) for part in parts]
-        out, leaving = torch.empty_like(q), []
-        for number in range(len(parts)):
-            if layout.ring_group is not None:  # the next part's keys travel beside this one's attention
-                for ahead in range(number, min(number + 2, len(parts))):
-                    coming[ahead].begin_ring()
-            leaving.append(self._to_tokens(backend(*coming[number].take()), parts[number], lengths, out))
-            coming[number] = None  # type: ignore[call-overload]
-        for one in leaving:
-            one()
-        return out
+        widths = shares(q.shape[2], ranks)  # heads of each of them
+        self.counts.heads = widths[own]
+        if layout.ulysses_group is not None:
+            q, k, v = self._to_heads(q, k, v, widths, lengths)
+        if layout.ring_group is not None:
+            k, v = self._along_ring(k, v)
+        attended = backend(q, k, v)
+        return attended if layout.ulysses_group is None else self._to_tokens(attended, widths, lengths)
 
-    def _to_heads(self, q: Tensor, k: Tensor, v: Tensor, part: list[slice], lengths: list[int]) -> "_Heads":
-        """Send every rank the queries, keys and values of its heads in one message; on the way when this returns.
+    def _to_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, widths: list[int], lengths: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Send every rank the queries, keys and values of its heads in one message, and have one's own from all.
 
         A token's three lie side by side, so that what comes from all ranks is attended to where it lies, uncopied."""
-        own = part[self.layout.order % self.layout.ulysses]
-        if self.layout.ulysses_group is None:
-            return _Heads(self, (q[:, :, own], k[:, :, own], v[:, :, own]))
-        (batch, length, _, depth), width = q.shape, own.stop - own.start
-        sizes = [3 * batch * length * (heads.stop - heads.start) * depth for heads in part]
+        (batch, length, _, depth), width = q.shape, widths[self.layout.order % self.layout.ulysses]
+        sizes = [3 * batch * length * other * depth for other in widths]
         send = q.new_empty(sum(sizes))
-        for piece, heads in zip(send.split(sizes), part, strict=True):
-            room = piece.view(batch, length, 3, heads.stop - heads.start, depth)
-            for target, x in zip(room.unbind(2), (q, k, v), strict=True):
-                target.copy_(x[:, :, heads])
+        heads = zip(*(x.split(widths, dim=2) for x in (q, k, v)), strict=True)
+        for piece, other, three in zip(send.split(sizes), widths, heads, strict=True):
+            for target, x in zip(piece.view(batch, length, 3, other, depth).unbind(2), three, strict=True):
+                target.copy_(x)
         shapes = [(batch, other, 3, width, depth) for other in lengths]
         back = [math.prod(shape) for shape in shapes]
-        received, work = self._exchange(send, sizes, back)
-
-        def take() -> tuple[Tensor, ...]:
-            work.wait()
-            if batch == 1:  # one rank's tokens behind the other's
-                return received.view(1, -1, 3, width, depth).unbind(2)
+        received = self._exchange(send, sizes, back)
+        if batch == 1:  # one rank's tokens behind the other's
+            q, k, v = received.view(1, -1, 3, width, depth).unbind(2)
+        else:
             pieces = [piece.view(shape) for piece, shape in zip(received.split(back), shapes, strict=True)]
-            return torch.cat(pieces, dim=1).unbind(2)
+            q, k, v = torch.cat(pieces, dim=1).unbind(2)
+        return q, k, v
 
-        return _Heads(self, take)
+    def _along_ring(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a ring's place → those of all places, in order."""
+        layout = self.layout
+        lengths = [sum(self._lengths[place * layout.ulysses : (place + 1) * layout.ulysses])
+                   for place in range(layout.ring)]  # fmt: skip
+        own = k.new_zeros(2, len(k), max(lengths), *k.shape[2:])
+        own[0, :, : k.shape[1]], own[1, :, : v.shape[1]] = k, v
+        room = own.new_empty(layout.ring * 2, *own.shape[1:])
+        all_gather(room, own, layout.ring_group)
+        self.counts.bytes_sent += (layout.ring - 1) * own.nbytes
+        places = zip(room.view(layout.ring, *own.shape), lengths, strict=True)
+        k, v = torch.cat([place[:, :, :length] for place, length in places], dim=2).unbind(0)
+        return k, v
 
-    def _to_tokens(self, attended: Tensor, part: list[slice], lengths: list[int], out: Tensor) -> Callable[[], None]:
-        """Send every rank its tokens' results of these heads; what puts those that come into `out`."""
+    def _to_tokens(self, attended: Tensor, widths: list[int], lengths: list[int]) -> Tensor:
+        """Send every rank its tokens' results of one's own heads → one's own tokens' results of all heads."""
         batch, _, width, depth = attended.shape
-        if self.layout.ulysses_group is None:
-            out[:, :, part[0]] = attended
-            return lambda: None
+        own = lengths[self.layout.order % self.layout.ulysses]
         if batch == 1:
             send = attended.reshape(-1)  # uncopied, where the backend's result has no gaps
         else:
             send = torch.cat([piece.flatten() for piece in attended.split(lengths, dim=1)])
-        shapes = [(batch, out.shape[1], heads.stop - heads.start, depth) for heads in part]
+        shapes = [(batch, own, other, depth) for other in widths]
         sizes = [batch * length * width * depth for length in lengths]
         back = [math.prod(shape) for shape in shapes]
-        received, work = self._exchange(send, sizes, back)
+        received = self._exchange(send, sizes, back)
+        return torch.cat([piece.view(shape) for piece, shape in zip(received.split(back), shapes, strict=True)], dim=2)
 
-        def put() -> None:
-            work.wait()
-            for piece, heads, shape in zip(received.split(back), part, shapes, strict=True):
-                out[:, :, heads] = piece.view(shape)
-
-        return put
-
-    def _exchange(self, send: Tensor, sizes: list[int], back: list[int]) -> tuple[Tensor, Any]:
-        """Numbers for each rank of the Ulysses group → those of each, once the work is done."""
+    def _exchange(self, send: Tensor, sizes: list[int], back: list[int]) -> Tensor:
+        """Numbers for each rank of the Ulysses group → those of each."""
         received = send.new_empty(sum(back))
-        work = dist.all_to_all_single(received, send, back, sizes, self.layout.ulysses_group, async_op=True)
+        dist.all_to_all_single(received, send, back, sizes, self.layout.ulysses_group)
         kept = sizes[self.layout.order % self.layout.ulysses]
         self.counts.bytes_sent += (send.numel() - kept) * send.element_size()
-        return received, work
+        return received
 
     # --- plain values --------------------------------------------------------------------------------------------
     def share(self, value: Any) -> Any:
@@ -321,50 +314,6 @@ class Ranks:
         """What of a run's memory is this rank's, for planning."""
         experts, text = (self.mesh.world if sharded else 1 for sharded in (self.shard_experts, self.shard_text))
         return Shares(self.mesh.world, self.mesh.sequence, experts, text, self.team.local_world)
-
-
-class _Heads:
-    """One part of a rank's heads on its way: queries, keys and values."""
-
-    def __init__(self, ranks: Ranks, source: tuple[Tensor, ...] | Callable[[], tuple[Tensor, ...]]) -> None:
-        self._ranks, self._source = ranks, source
-        self._ring: Any = None
-
-    def begin_ring(self) -> None:
-        """Have the keys and values of the ring's other places come."""
-        if self._ring is not None:
-            return
-        ranks, layout = self._ranks, self._ranks.layout
-        q, k, v = self._source() if callable(self._source) else self._source
-        lengths = [sum(ranks._lengths[place * layout.ulysses : (place + 1) * layout.ulysses])
-                   for place in range(layout.ring)]  # fmt: skip
-        own = k.new_zeros(2, len(k), max(lengths), *k.shape[2:])
-        own[0, :, : k.shape[1]], own[1, :, : v.shape[1]] = k, v
-        room = own.new_empty(layout.ring * 2, *own.shape[1:])
-        work = all_gather(room, own, layout.ring_group, async_op=True)
-        ranks.counts.bytes_sent += (layout.ring - 1) * own.nbytes
-        self._ring = q, room.view(layout.ring, *own.shape), lengths, work
-
-    def take(self) -> tuple[Tensor, ...]:
-        """Queries of this place, keys and values of all tokens."""
-        if self._ring is None:
-            return self._source() if callable(self._source) else self._source
-        q, room, lengths, work = self._ring
-        work.wait()
-        parts = [place[:, :, :length] for place, length in zip(room, lengths, strict=True)]
-        k, v = torch.cat(parts, dim=2).unbind(0)
-        return q, k, v
-
-
-def head_parts(heads: int, ranks: int, count: int) -> list[list[slice]]:
-    """All heads in `count` parts, each of them a slice for every rank: rank by rank, then part by part."""
-    parts: list[list[slice]] = [[] for _ in range(max(1, count))]
-    start = 0
-    for share in shares(heads, ranks):
-        for part, width in zip(parts, shares(share, len(parts)), strict=True):
-            part.append(slice(start, start + width))
-            start += width
-    return parts
 
 
 # --- coming together -------------------------------------------------------------------------------------------------

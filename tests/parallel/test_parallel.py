@@ -21,7 +21,7 @@ from wan22.files.tensor_files import Safetensors
 from wan22.load import load_expert
 from wan22.lora import Adapters
 from wan22.model import TransformerConfig, WanTransformer
-from wan22.parallel import Ranks, head_parts
+from wan22.parallel import Ranks
 from wan22.pipeline import Pipeline
 from wan22.report import Reporter
 from wan22.residency.memory import Memory
@@ -44,8 +44,8 @@ LATENTS = [(3, 6, 10), (1, 2, 10)]  # 45 tokens and 5: neither divides by 2 or 4
 HEADS, DEPTH, LAYERS, PATCH = 4, 32, 3, 64
 
 
-def make_ranks(rank, world, mesh, overlapped=1, sharded=False, text=False):
-    return Ranks(Team(rank, world, rank, world), Mesh(*mesh), CPU, overlapped, sharded, text)
+def make_ranks(rank, world, mesh, sharded=False, text=False):
+    return Ranks(Team(rank, world, rank, world), Mesh(*mesh), CPU, sharded, text)
 
 
 def make_experts(checkpoint, ranks, memory=None):
@@ -86,11 +86,11 @@ def expected_bytes(mesh, rank, tokens, velocity, guided):
     return own, heads, 4 * (passes * one + (velocity if guided and mesh.guidance == 2 else 0))
 
 
-def _velocity(rank, world, meshes, sharded, overlapped):
+def _velocity(rank, world, meshes, sharded):
     checkpoint, found = open_checkpoint(TINY), []
     alone = load_expert(checkpoint.experts[HIGH], torch.float32, CPU)
     for mesh in meshes:
-        ranks = make_ranks(rank, world, mesh, overlapped, sharded)
+        ranks = make_ranks(rank, world, mesh, sharded)
         model = make_experts(checkpoint, ranks).get(HIGH)
         for shape in LATENTS:
             for guided in (True, False):
@@ -111,11 +111,10 @@ def _velocity(rank, world, meshes, sharded, overlapped):
 
 
 @pytest.mark.parametrize("world", MESHES)
-@pytest.mark.parametrize(("sharded", "overlapped"), [(False, 1), (False, 2), (True, 2)],
-                         ids=["whole", "overlapped", "sharded"])  # fmt: skip
-def test_one_velocity(world, sharded, overlapped):
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_one_velocity(world, sharded):
     """The single process's to 3e-5, and the same bits on every rank."""
-    results = run(world, _velocity, MESHES[world], sharded, overlapped)
+    results = run(world, _velocity, MESHES[world], sharded)
     assert all([line[:3] + line[4:] for line in result] == [line[:3] + line[4:] for line in results[0]]
                for result in results)  # fmt: skip
     for mesh, shape, guided, largest, _ in results[0]:
@@ -125,7 +124,7 @@ def test_one_velocity(world, sharded, overlapped):
 
 def _attended(rank, world, mesh, batch):
     q, k, v = torch.randn(3, batch, 11, HEADS, DEPTH, generator=torch.Generator().manual_seed(5))
-    ranks, seen = make_ranks(rank, world, mesh, 2), []
+    ranks, seen = make_ranks(rank, world, mesh), []
 
     def backend(*qkv):
         seen.append(all(x.data_ptr() == qkv[0].data_ptr() + i * x.shape[2] * DEPTH * 4 for i, x in enumerate(qkv)))
@@ -148,7 +147,7 @@ def _in_bf16(rank, world, mesh):
     checkpoint, found = open_checkpoint(TINY), []
     alone = load_expert(checkpoint.experts[HIGH], torch.bfloat16, CPU)
     for sharded in (False, True):
-        ranks = make_ranks(rank, world, mesh, 2, sharded)
+        ranks = make_ranks(rank, world, mesh, sharded)
         adapters = Adapters(checkpoint.experts[HIGH].tensors.shapes, [], TINY)
         experts = Experts(checkpoint, torch.bfloat16, CPU, adapters, [Residency("expert")], Memory(CPU))
         experts.ranks = ranks
@@ -184,17 +183,6 @@ def test_a_rank_that_does_not_exchange_is_told():
     assert min(run(2, _broken)) > 1e-3
 
 
-def test_head_parts_cover_all_heads():
-    for heads in (4, 40):
-        for ranks in range(1, 5):
-            for count in range(1, heads // ranks + 1):
-                parts = head_parts(heads, ranks, count)
-                assert len(parts) == count
-                found = [head for part in parts for own in part for head in range(own.start, own.stop)]
-                assert sorted(found) == list(range(heads))
-                assert min(own.stop - own.start for part in parts for own in part) > 0
-
-
 # --- whole runs ------------------------------------------------------------------------------------------------------
 REQUEST = Request("a red ball", "blurred", width=48, height=32, num_frames=5, num_steps=5, shift=5.0, seed=7)
 # The low-noise steps have one branch; UniPC is left for another solver once.
@@ -226,7 +214,7 @@ def whole_run(checkpoint, request, ranks, placement=Placement("cpu")):  # noqa: 
 
 
 def _runs(rank, world, mesh, sharded, adapter):
-    checkpoint, ranks = open_checkpoint(TINY), make_ranks(rank, world, mesh, 2, sharded, sharded)
+    checkpoint, ranks = open_checkpoint(TINY), make_ranks(rank, world, mesh, sharded, sharded)
     return [whole_run(checkpoint, request, ranks, Placement("cpu", offload))
             for request in requests(adapter) for offload in ("expert", "none")]  # fmt: skip
 
@@ -266,7 +254,7 @@ def test_the_demo():
     alone = whole_run(checkpoint, request, None)[0]
 
     def _demo(rank, world, mesh):
-        return whole_run(open_checkpoint(find_checkpoint("demo")), request, make_ranks(rank, world, mesh, 2))[0]
+        return whole_run(open_checkpoint(find_checkpoint("demo")), request, make_ranks(rank, world, mesh))[0]
 
     for mesh in ((2, 1, 1), (1, 1, 2), (1, 1, 3), (2, 2, 1)):
         largest = max((latents - alone).abs().max().item() for latents in run(Mesh(*mesh).world, _demo, mesh))
@@ -281,7 +269,7 @@ def _demo_velocity(rank, world, sharded):
         expected = velocities(evaluate, alone, LATENTS[0], True)
         assert min(velocity.std() for velocity in expected) > 0.1
         for mesh in MESHES[world]:
-            ranks = make_ranks(rank, world, mesh, 2, sharded)
+            ranks = make_ranks(rank, world, mesh, sharded)
             ours = velocities(ranks.evaluate, make_experts(checkpoint, ranks).get(name), LATENTS[0], True)
             largest = max((one - two).abs().max().item() for one, two in zip(ours, expected, strict=True))
             found.append((mesh, name, largest, ranks.counts.tokens * ranks.counts.heads))
@@ -309,7 +297,7 @@ def _loaded(rank, world, sharded):
 
     reading._Lane._fill = counted
     checkpoint, memory = open_checkpoint(TINY), Memory(CPU, has_host=True)
-    experts = make_experts(checkpoint, make_ranks(rank, world, (1, 1, world), 1, sharded), memory)
+    experts = make_experts(checkpoint, make_ranks(rank, world, (1, 1, world), sharded), memory)
     model = experts.get(HIGH)
     held = sum(parameter.to_local().nbytes if sharded else parameter.nbytes for parameter in model.parameters())
     velocities(experts.ranks.evaluate, model, LATENTS[0], True)
@@ -366,7 +354,7 @@ def _host_memory():
 
 def _grown(rank, world, expert):
     """The most that this rank's memory grew by, while an expert was loaded."""
-    ranks = make_ranks(rank, world, (1, 1, world), 1, True)
+    ranks = make_ranks(rank, world, (1, 1, world), True)
     make_experts(open_checkpoint(TINY), ranks).get(HIGH)  # what torch imports and keeps with the first
     before = _host_memory()[0]
     _, fill = sharded_expert(expert, torch.float32, "torch", (), Memory(CPU), world)
@@ -421,7 +409,7 @@ class Listener(Reporter):
 
 
 def _cached(rank, world, mesh, sharded):
-    return cached_run(open_checkpoint(TINY), make_ranks(rank, world, mesh, 1, sharded))
+    return cached_run(open_checkpoint(TINY), make_ranks(rank, world, mesh, sharded))
 
 
 @pytest.mark.parametrize(("mesh", "sharded"), [((2, 1, 1), False), ((1, 1, 2), True), ((2, 1, 2), False)], ids=str)
@@ -435,7 +423,7 @@ def test_all_skip_the_same_steps(mesh, sharded):
 
 
 def _in_8_bits(rank, world, mesh):
-    pipe = Pipeline(open_checkpoint(TINY), Precision("fp8"), Placement("cpu"), ranks=make_ranks(rank, world, mesh, 2))
+    pipe = Pipeline(open_checkpoint(TINY), Precision("fp8"), Placement("cpu"), ranks=make_ranks(rank, world, mesh))
     return pipe.denoise(pipe.resolve(REQUEST), Reporter())
 
 

@@ -32,7 +32,7 @@ TWO = [(2, 1, 1), (1, 1, 2), (1, 2, 1)]
 
 def make_pipe(rank, world, mesh, precision=Precision("float32"), sharded=False, text=False, cache=False):  # noqa: B008
     """Of one rank; of one process alone where there is one."""
-    ranks = Ranks(Team(rank, world, rank, world), Mesh(*mesh), CPU, 2, sharded, text) if world > 1 else None
+    ranks = Ranks(Team(rank, world, rank, world), Mesh(*mesh), CPU, sharded, text) if world > 1 else None
     return Pipeline(open_checkpoint(TINY), precision, Placement("cpu", prompt_cache=cache), ranks=ranks)
 
 
