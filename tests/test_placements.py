@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import shutil
+import subprocess
 import sys
 import time
 
@@ -418,3 +420,14 @@ def test_host_memory_by_many_threads():
     made[-1, -1] = 1
     assert made.sum() == 1
     assert empty_on_host((0, 4), torch.float32).shape == (0, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has it on Linux alone")
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "x:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "x:1"}])
+def test_memory_of_the_gpu_grows_in_place_unless_the_user_says_otherwise(own):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | own
+    code = f"import json, os, wan22.pipeline; print(json.dumps([(n, os.environ.get(n)) for n in {names}]))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    expected = own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert json.loads(done.stdout) == [[name, expected.get(name)] for name in names]

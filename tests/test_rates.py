@@ -41,11 +41,11 @@ def run(capsys, *words):
 
 
 @pytest.mark.parametrize(("words", "told"), [
-    ([], "time: about 12 min 54 s: 80 forwards of 9.61 s, decode 5.1 s"),
-    (["--steps", "4", "--guidance", "1"], "time: about 43.5 s: 4 forwards of 9.61 s, decode 5.1 s"),
-    (["--size", "480p"], "time: about 3 min 23 s: 80 forwards of 2.51 s, decode 2.21 s"),
-    (["--precision", "fast"], "time: at most 9 min 46 s: 80 forwards of 7.29 s, decode 2.56 s"),
-    (["--dtype", "fp8"], "time: about 11 min 33 s: 80 forwards of 8.6 s, decode 5.1 s"),
+    ([], "time: about 12 min 54 s: 80 forwards of 9.61 s, decode 4.79 s"),
+    (["--steps", "4", "--guidance", "1"], "time: about 43.2 s: 4 forwards of 9.61 s, decode 4.79 s"),
+    (["--size", "480p"], "time: about 3 min 23 s: 80 forwards of 2.51 s, decode 2.08 s"),
+    (["--precision", "fast"], "time: at most 9 min 35 s: 80 forwards of 7.16 s, decode 2.24 s"),
+    (["--dtype", "fp8"], "time: about 11 min 33 s: 80 forwards of 8.6 s, decode 4.79 s"),
 ])  # fmt: skip
 def test_a_card_that_was_measured(words, told, capsys, card, monkeypatch):
     card("NVIDIA H100 80GB HBM3")

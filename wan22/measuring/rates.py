@@ -94,11 +94,11 @@ class Time:
 
 # docs/speed.md has each with its command: 81 frames at 720p, torch 2.11, 2026-11-25.
 _H100 = Rates("NVIDIA H100 80GB HBM3", ("bf16", None, "exact"), 40, 5120, 75600, attention=6.72, others=2.89,
-              decode={"float32": 5.10 / (81 * 1280 * 720), "bf16": 2.56 / (81 * 1280 * 720)})  # fmt: skip
+              decode={"float32": 4.79 / (81 * 1280 * 720), "bf16": 2.24 / (81 * 1280 * 720)})  # fmt: skip
 KNOWN = (
     _H100,
     replace(_H100, key=("fp8", "all", "exact"), attention=6.78, others=1.82),
-    replace(_H100, key=("fp8", "all", "int8"), attention=5.46, others=1.83),
+    replace(_H100, key=("fp8", "all", "int8"), attention=5.42, others=1.74),
 )
 
 

@@ -7,6 +7,7 @@ CPU the same calls allocate, count and copy at once, so that tests can show by i
 import contextlib
 import mmap
 import os
+import sys
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,11 @@ ASIDE = GPU_RESERVE // 2  # for what is taken past torch
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU's context
 TOUCHING = 16  # threads, at most, that take pages of the host's memory
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)  # of the device; of the host
+
+# torch's pieces of the GPU's memory are to grow where they are: of pieces of fixed size much is free, but too small for
+# the decoder's arrays, and what should fit by 1.3 GiB did not. torch looks here when it takes the first of them.
+if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 @dataclass
