@@ -125,8 +125,8 @@ def test_point(number: int, options: argparse.Namespace, whole: Run, reference: 
         left = sorted(path.name for path in folder.iterdir())
         if len(left) == 1 and left[0].endswith(".mp4"):
             # Killed between the video's being whole and the process's end: the command would refuse to write over it.
-            wrong = "other bits" if named and (folder / left[0]).read_bytes() != reference else "ok"
-            return [str(number), f"{step} + {later:.2f} s", "finished", "", "", "", wrong]
+            verdict = "other bits" if named and (folder / left[0]).read_bytes() != reference else "ok"
+            return [str(number), f"{step} + {later:.2f} s", "finished", "", "", "", verdict]
         last = run(command, folder)
         wrong = check(first, last, options.save_every)
         videos = sorted(path.name for path in folder.iterdir())

@@ -4,6 +4,7 @@ Long options may be written with `-` or `_`. stdout carries data, stderr everyth
 while running, 2 wrong request, 3 does not fit, 130 and 143 interrupted. No traceback unless `--debug`.
 """
 
+import inspect
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -36,7 +37,6 @@ from wan22.config import (
     is_out_of_memory,
     one_line,
     parse_bytes,
-    parse_size,
     preset_names,
 )
 from wan22.options import (
@@ -53,6 +53,7 @@ from wan22.options import (
     read_placement,
     read_precision,
     read_request,
+    with_options_of,
 )
 from wan22.output.names import NOT_ALLOWED, next_free, reason
 from wan22.several.mesh import Mesh, Shares
@@ -359,51 +360,36 @@ def convert(
     print(run(checkpoint, Path(target), dtype))
 
 
+# What of a video's flags counts for its plan too.
+IN_PLAN = (
+    "size", "frames", "steps", "guidance", "precision", "dtype", "scope", "attention", "vae_dtype", "step_cache",
+    "offload", "t5_cpu", "gpus", "dit_fsdp", "t5_fsdp", "ulysses_size", "ring_size", "model", "ckpt_dir",
+)  # fmt: skip
+
+
 @app.command()
+@with_options_of(generate, without=inspect.signature(generate).parameters.keys() - set(IN_PLAN))
 def plan(
-    size: Annotated[str | None, typer.Option(help="1280*720, 720p, 480p; any multiples of 16.")] = None,
-    frames: Annotated[int | None, typer.Option("--frames", "--frame-num", help="4n + 1.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", "--sample-steps", help="Solver steps.")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", "--sample-guide-scale", help="1 is off.")] = None,
-    precision: Precise = None,
-    dtype: Dtype = None,
-    scope: Scope = None,
-    attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTIONS) + ".")] = None,
-    vae_dtype: Annotated[str | None, typer.Option(help="float32 (default), or bf16.")] = None,
-    step_cache: Annotated[float | None, typer.Option(metavar="X", help="As generate has it: 0.2.")] = None,
-    offload: Annotated[str, typer.Option(help="auto, none, expert, block, disk.")] = "auto",
-    t5_cpu: Annotated[bool, typer.Option("--t5-cpu", help="Text encoder on the CPU.")] = False,
-    gpus: Annotated[int, typer.Option(min=1, metavar="N", help="Of that many together; each has what is told.")] = 1,
-    dit_fsdp: Annotated[bool, typer.Option("--dit-fsdp", help="Each GPU keeps a part of the experts.")] = False,
-    t5_fsdp: Annotated[bool, typer.Option("--t5-fsdp", help="Each GPU keeps a part of the text encoder.")] = False,
-    ulysses_size: Annotated[int | None, typer.Option(help="GPUs that exchange tokens for heads.")] = None,
-    ring_size: Annotated[int | None, typer.Option(help="GPUs that pass keys and values on, beside these.")] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="As if so much were free: 24GiB; 0 for none.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="As if so much were free: 24GiB; 0 for no GPU.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="As if so much were free: 64GiB.")] = None,
     rates: Annotated[
         str | None, typer.Option(metavar="FILE", help="Seconds by what `bench --decode --text --json` printed.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Default: the published model's sizes.")] = None,
-    ckpt_dir: Annotated[str | None, typer.Option(help="The folder of weights.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="Every term, in bytes, as one JSON object.")] = False,
+    **asked: Any,
 ) -> None:
     """Say what a video needs of memory, disk and, on a card that was measured, time, and which placement it would
-    take; exit 3 when nothing fits."""
-    flags = {**dict(locals()), "convert_model_dtype": False, "device": "cpu" if gpu_memory == "0" else None}
+    take; exit 3 when nothing fits. Without --model or --ckpt-dir, of the published model's sizes."""
+    flags = dict.fromkeys(inspect.signature(generate).parameters) | asked
+    flags |= {"prompt": "x", "device": "cpu" if gpu_memory == "0" else None}
+    base = Base.of_preset(None, flags["model"])
     # A card that is only imagined can do all that there is.
-    precise = read_precision(flags, Base({}, {}, {}), ADA if gpu_memory not in (None, "0") else None)
-    width, height = parse_size(size) if size is not None else (None, None)
-    wanted = given(width=width, height=height, num_frames=frames, num_steps=steps, guidance_high=guidance,
-                   guidance_low=guidance)  # fmt: skip
-    request = Request.from_dict({"prompt": "x", **Base.of_preset(None, model).request, **wanted})
+    precise = read_precision(flags, base, ADA if gpu_memory not in (None, "0") else None)
+    request, placement = make_request(read_request(flags, base)), read_placement(flags, base)
     sizes = planning.Sizes.published()
-    if model or ckpt_dir:
-        sizes = planning.Sizes.of(open_checkpoint(find_checkpoint(model, ckpt_dir)))
+    if flags["model"] or flags["ckpt_dir"]:
+        sizes = planning.Sizes.of(read_checkpoint(flags, base, request.task))
     gpu, host = planning.rooms(gpu_memory, host_memory)
-    placement = Placement(
-        offload=offload, text_encoder="cpu" if t5_cpu else "auto", gpus=gpus, ulysses_size=ulysses_size,
-        ring_size=ring_size, dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp,
-    )  # fmt: skip
     launching.refuse_lonely(placement, precise, launching.Team())
     mesh, shares = planning.spread(request, placement, sizes)
     made = planning.make_plan(request, precise, placement, sizes, gpu, host, shares=shares)
@@ -413,7 +399,7 @@ def plan(
         print(json.dumps(planning.as_dict(made) | {"seconds": time and time.phases}))
     else:
         if mesh.world > 1:
-            print(f"each of {mesh.world}: {mesh}" + (", experts sharded" if dit_fsdp else ""))
+            print(f"each of {mesh.world}: {mesh}" + (", experts sharded" if placement.dit_fsdp else ""))
         print(planning.as_text(made, request, sizes))
         if time:
             print(f"time: {time}\n  as measured on {time.card[:40]}; reading weights comes besides")
