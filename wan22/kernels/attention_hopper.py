@@ -6,9 +6,9 @@ plain form is this one's too.
 
 A program holds 128 queries of one head. Two warpgroups have 64 of them each, and a warp beside them fetches tiles of
 keys and values (FlashAttention-3, Shah et al. 2024, section 3.1). The warpgroups take turns at the tensor cores (there,
-"ping-pong"): left alone they fall into step, and then both multiply and both wait. What decides the speed are the
-instructions a score, of which an H100 has time for about eight beside 8-bit products, half as many of them on its
-integer pipe, which converts, compares and permutes:
+"ping-pong"): left alone they fall into step, and then both multiply and both wait. Beside 8-bit products an H100 has
+time for about eight instructions a score, half as many of them on its integer pipe, which converts, compares and
+permutes. By its own clock a block takes twice what that comes to, in the softmax (docs/log.md). What keeps them few:
 
 - Two tiles of 128 keys are a block, with one scale of keys, and one largest score to which a query's probabilities are
   relative: sums over keys are converted and added once a block. They are kept relative to the largest score of the
