@@ -4,7 +4,6 @@ Long options may be written with `-` or `_`. stdout carries data, stderr everyth
 while running, 2 wrong request, 3 does not fit, 130 and 143 interrupted. No traceback unless `--debug`.
 """
 
-import inspect
 import json
 import os
 import signal
@@ -78,12 +77,6 @@ app = typer.Typer(
 
 
 LORA = "FILE[:STRENGTH[:LEAD]]"
-# What may be approximated.
-Precise = Annotated[
-    str | None, typer.Option(help=f"{', '.join(PRESETS)}: settings of the flags below, as this card can do them.")
-]
-Dtype = Annotated[str | None, typer.Option(help=f"Weights: {', '.join(WEIGHTS)}; fp8 and int8 approximate.")]
-Scope = Annotated[str | None, typer.Option(help="Of 8-bit products: ffn, or all (default).")]
 # Parts of a checkpoint, for every command that opens one.
 HighNoise = Annotated[
     str | None, typer.Option(metavar="PATH", help="Another high-noise expert: a file or folder in any layout.")
@@ -179,9 +172,13 @@ def generate(
     crf: Annotated[int | None, typer.Option(help=f"Of an .mp4: 0 (best) to 51; default: {Encoding.crf}.")] = None,
     codec: Annotated[str | None, typer.Option(help=f"Of an .mp4: {', '.join(CODECS)}.")] = None,
     from_file: Annotated[str | None, typer.Option("--from", help="Make the video of this file again.")] = None,
-    precision: Precise = None,
-    dtype: Dtype = None,
-    scope: Scope = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"{', '.join(PRESETS)}: settings of the flags below, as this card can do them.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"Weights: {', '.join(WEIGHTS)}; fp8 and int8 approximate.")
+    ] = None,
+    scope: Annotated[str | None, typer.Option(help="Of 8-bit products: ffn, or all (default).")] = None,
     attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTIONS) + ".")] = None,
     vae_dtype: Annotated[str | None, typer.Option(help="float32 (default, exact), or bf16 (50 dB PSNR).")] = None,
     step_cache: Annotated[
@@ -368,7 +365,7 @@ IN_PLAN = (
 
 
 @app.command()
-@with_options_of(generate, without=inspect.signature(generate).parameters.keys() - set(IN_PLAN))
+@with_options_of(generate, only=IN_PLAN)
 def plan(
     gpu_memory: Annotated[str | None, typer.Option(help="As if so much were free: 24GiB; 0 for no GPU.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="As if so much were free: 64GiB.")] = None,
@@ -376,11 +373,10 @@ def plan(
         str | None, typer.Option(metavar="FILE", help="Seconds by what `bench --decode --text --json` printed.")
     ] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="Every term, in bytes, as one JSON object.")] = False,
-    **asked: Any,
+    **flags: Any,
 ) -> None:
     """Say what a video needs of memory, disk and, on a card that was measured, time, and which placement it would
     take; exit 3 when nothing fits. Without --model or --ckpt-dir, of the published model's sizes."""
-    flags = dict.fromkeys(inspect.signature(generate).parameters) | asked
     flags |= {"prompt": "x", "device": "cpu" if gpu_memory == "0" else None}
     base = Base.of_preset(None, flags["model"])
     # A card that is only imagined can do all that there is.

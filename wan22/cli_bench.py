@@ -1,7 +1,5 @@
 """The command that measures: bench. `cli.py` adds it to its own. Thin: flags → one call, and torch only inside it."""
 
-import functools
-import inspect
 import json
 import os
 from collections.abc import Callable
@@ -30,14 +28,7 @@ IN_BENCH = (
 
 def add_to(app: typer.Typer, generate: Callable[..., None]) -> None:
     """The command, which takes some of generate's options too."""
-    names = inspect.signature(generate).parameters
-
-    @app.command("bench")
-    @with_options_of(generate, without=set(names) - set(IN_BENCH))
-    @functools.wraps(bench)
-    def filled(**flags: Any) -> None:
-        settings: dict[str, Any] = dict.fromkeys(names) | flags
-        bench(**settings)
+    app.command("bench")(with_options_of(generate, only=IN_BENCH)(bench))
 
 
 def bench(

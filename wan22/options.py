@@ -224,10 +224,13 @@ def given(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def with_options_of(command: Callable[..., Any], without: Collection[str]) -> Callable[[Callable], Callable]:
+def with_options_of(
+    command: Callable[..., Any], without: Collection[str] = (), only: Collection[str] | None = None
+) -> Callable[[Callable], Callable]:
     """A decorator that gives a command another one's options too, but for those named; they come as keywords.
 
-    The command's own parameters come first, and one of the same name takes the other's place.
+    The command's own parameters come first, and one of the same name takes the other's place. only: these alone; the
+    others come as None, which is not asked for.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -240,10 +243,14 @@ def with_options_of(command: Callable[..., Any], without: Collection[str]) -> Ca
             parameter for parameter in inspect.signature(command, eval_str=True).parameters.values()
             if parameter.name not in taken
         ]  # fmt: skip
+        unasked: dict[str, Any] = {}
+        if only is not None:
+            unasked = {parameter.name: None for parameter in others if parameter.name not in only}
+            others = [parameter for parameter in others if parameter.name in only]
 
         @functools.wraps(function)
         def wrapper(**flags: Any) -> Any:
-            return function(**flags)
+            return function(**unasked, **flags)
 
         wrapper.__signature__ = inspect.Signature([*own, *others])  # type: ignore[attr-defined]
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *others)}
