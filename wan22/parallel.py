@@ -61,6 +61,16 @@ class Layout:
     def sequence(self) -> int:
         return self.ring * self.ulysses
 
+    @property
+    def place(self) -> int:
+        """Of this rank's Ulysses group, along the ring."""
+        return self.order // self.ulysses
+
+    @property
+    def seat(self) -> int:
+        """Of this rank, in its Ulysses group."""
+        return self.order % self.ulysses
+
 
 @dataclass(eq=False)
 class Ranks:
@@ -218,14 +228,13 @@ class Ranks:
         were as slow, or slower (docs/parallel.md).
         """
         tick()
-        layout, ranks = self.layout, self.layout.ulysses
+        layout = self.layout
         if layout.sequence == 1:
             self.counts.heads = q.shape[2]
             return backend(q, k, v)
-        place, own = divmod(layout.order, ranks)
-        lengths = self._lengths[place * ranks : (place + 1) * ranks]  # of the ranks of this Ulysses group
-        widths = shares(q.shape[2], ranks)  # heads of each of them
-        self.counts.heads = widths[own]
+        lengths = self._lengths_at(layout.place)
+        widths = shares(q.shape[2], layout.ulysses)  # heads of each rank of the Ulysses group
+        self.counts.heads = widths[layout.seat]
         if layout.ulysses_group is not None:
             q, k, v = self._to_heads(q, k, v, widths, lengths)
         if layout.ring_group is not None:
@@ -233,13 +242,18 @@ class Ranks:
         attended = backend(q, k, v)
         return attended if layout.ulysses_group is None else self._to_tokens(attended, widths, lengths)
 
+    def _lengths_at(self, place: int) -> list[int]:
+        """Tokens of each rank of the Ulysses group at a place of the ring."""
+        ranks = self.layout.ulysses
+        return self._lengths[place * ranks : (place + 1) * ranks]
+
     def _to_heads(
         self, q: Tensor, k: Tensor, v: Tensor, widths: list[int], lengths: list[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Send every rank the queries, keys and values of its heads in one message, and have one's own from all.
 
         A token's three lie side by side, so that what comes from all ranks is attended to where it lies, uncopied."""
-        (batch, length, _, depth), width = q.shape, widths[self.layout.order % self.layout.ulysses]
+        (batch, length, _, depth), width = q.shape, widths[self.layout.seat]
         sizes = [3 * batch * length * other * depth for other in widths]
         send = q.new_empty(sum(sizes))
         heads = zip(*(x.split(widths, dim=2) for x in (q, k, v)), strict=True)
@@ -259,8 +273,7 @@ class Ranks:
     def _along_ring(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a ring's place → those of all places, in order."""
         layout = self.layout
-        lengths = [sum(self._lengths[place * layout.ulysses : (place + 1) * layout.ulysses])
-                   for place in range(layout.ring)]  # fmt: skip
+        lengths = [sum(self._lengths_at(place)) for place in range(layout.ring)]
         own = k.new_zeros(2, len(k), max(lengths), *k.shape[2:])
         own[0, :, : k.shape[1]], own[1, :, : v.shape[1]] = k, v
         room = own.new_empty(layout.ring * 2, *own.shape[1:])
@@ -273,7 +286,7 @@ class Ranks:
     def _to_tokens(self, attended: Tensor, widths: list[int], lengths: list[int]) -> Tensor:
         """Send every rank its tokens' results of one's own heads → one's own tokens' results of all heads."""
         batch, _, width, depth = attended.shape
-        own = lengths[self.layout.order % self.layout.ulysses]
+        own = lengths[self.layout.seat]
         if batch == 1:
             send = attended.reshape(-1)  # uncopied, where the backend's result has no gaps
         else:
@@ -288,7 +301,7 @@ class Ranks:
         """Numbers for each rank of the Ulysses group → those of each."""
         received = send.new_empty(sum(back))
         dist.all_to_all_single(received, send, back, sizes, self.layout.ulysses_group)
-        kept = sizes[self.layout.order % self.layout.ulysses]
+        kept = sizes[self.layout.seat]
         self.counts.bytes_sent += (send.numel() - kept) * send.element_size()
         return received
 
