@@ -220,6 +220,11 @@ def velocity(model: WanTransformer, grid: tuple[int, int, int], clock: Clock) ->
     return made[0], seconds
 
 
+def chosen(name: str, only: str | None) -> bool:
+    """Whether a recipe is asked for; exact always is, which others are held against."""
+    return not only or only in name or name == "exact"
+
+
 def velocities(
     config: TransformerConfig, grid: tuple[int, int, int], clock: Clock, against: str, only: str | None,
     capability: tuple[int, int],
@@ -236,7 +241,7 @@ def velocities(
         del model
     base = None
     for name, asked in recipes(capability):
-        if only and only not in name and name != "exact":
+        if not chosen(name, only):
             continue
         precision = replace(asked, attention=fastest if asked.attention == "auto" else asked.attention)
         if device.type == "cuda":
@@ -285,7 +290,7 @@ def drifts(
         *((f"preset {name}", Precision.from_dict(preset(name, capability))) for name in ("high", "fast")),
     ]  # fmt: skip
     for name, precision in tried:
-        if only and only not in name and name != "exact":
+        if not chosen(name, only):
             continue
         pipe = Pipeline.from_pretrained(where, precision=precision, placement=Placement(device))
         resolve_precision(precision, pipe.device)

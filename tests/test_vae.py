@@ -58,7 +58,7 @@ def test_everything_lies_as_the_kernel_wants_it(tiny, clip, monkeypatch, dtype, 
     """Else a GPU would run the plain form: right, and slow. The same numbers, whatever the layout."""
     from wan22 import vae_decoder
     from wan22.kernels import double_pixels
-    from wan22.kernels.norm_silu import _rows_of_channels, norm_silu
+    from wan22.kernels.norm_silu import norm_silu, rows_of_channels
 
     seen, doubled = [], []
     expected = torch.cat(list(VideoVAE(tiny, CPU, dtype).decode(clip, grid)))
@@ -67,11 +67,11 @@ def test_everything_lies_as_the_kernel_wants_it(tiny, clip, monkeypatch, dtype, 
 
     def watched(x, gamma, out, y=None, bias=None, total=None):
         others = [one for one in (out, y, total) if one is not None]
-        seen.append((x.shape[2], _rows_of_channels(x), all(map(_rows_of_channels, others))))
+        seen.append((x.shape[2], rows_of_channels(x), all(map(rows_of_channels, others))))
         norm_silu(x, gamma, out, y, bias, total)
 
     def watched_too(x, y, bias, each, dtype):
-        doubled.append(all(_rows_of_channels(one) for one in (x, y) if one is not None))
+        doubled.append(all(rows_of_channels(one) for one in (x, y) if one is not None))
         out = double_pixels(x, y, bias, each, dtype)
         assert out.is_contiguous(memory_format=torch.channels_last)
         return out

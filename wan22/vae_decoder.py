@@ -142,9 +142,9 @@ def local(decoder: Any, x: Tensor, cache: Cache, first: bool) -> Tensor:
     return pixels[0].float().clamp_(-1, 1).transpose(0, 1)
 
 
-def _late(module: Any) -> Tensor | None:
-    """The module's bias, if it is to wait for the next kernel; elsewhere the convolution adds it in passing."""
-    return module.bias if use_triton(module.weight) else None
+def _biases(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The module's bias, for the convolution to add in passing, or else for the kernel that comes next: one is None."""
+    return (None, module.bias) if use_triton(module.weight) else (module.bias, None)
 
 
 def _convolve(
@@ -153,8 +153,7 @@ def _convolve(
     """A causal convolution of the stream, normed and activated before where there is a norm; in the module's dtype.
     keep: the stream is wanted again. → what it gives, and the bias that is still to be added."""
     side = module.kernel_size[-1] // 2
-    weight, late = module.weight, _late(module)
-    bias = module.bias if late is None else None
+    weight, (bias, late) = module.weight, _biases(module)
     assert stream.x is not None
     room = cache.joined(module, stream.x.shape, stream.x, weight.dtype)
     stream.read(room[:, :, KEPT:], None if norm is None else norm.gamma.flatten(), keep)
@@ -167,15 +166,15 @@ def _convolve(
 
 def _residual(block: Any, stream: Stream, cache: Cache) -> None:
     inner = Stream(*_convolve(block.conv1, stream, cache, block.norm1, keep=True))
-    bias = None
+    late = None
     if not isinstance(shortcut := block.conv_shortcut, nn.Identity):
-        bias, weight = _late(shortcut), shortcut.weight
+        weight, (bias, late) = shortcut.weight, _biases(shortcut)
         assert stream.x is not None
-        stream.x = laid(F.conv3d(stream.x.to(weight.dtype), weight, shortcut.bias if bias is None else None))
+        stream.x = laid(F.conv3d(stream.x.to(weight.dtype), weight, bias))
     stream.y, stream.bias = _convolve(block.conv2, inner, cache, block.norm2)
-    if bias is not None:
+    if late is not None:
         assert stream.bias is not None
-        stream.bias = stream.bias.float() + bias.float()
+        stream.bias = stream.bias.float() + late.float()
 
 
 def _attend(block: Any, x: Tensor) -> Tensor:
@@ -196,7 +195,7 @@ def _upsample(module: Any, stream: Stream, cache: Cache, first: bool) -> None:
         stream.x, stream.bias = _convolve(module.time_conv, stream, cache)
         each = 2
     convolution = module.resample[1]
-    late = _late(convolution)
+    bias, late = _biases(convolution)
     x = double_pixels(*stream.taken(), each, convolution.weight.dtype)
-    x = F.conv2d(x, convolution.weight, convolution.bias if late is None else None, padding=1)
+    x = F.conv2d(x, convolution.weight, bias, padding=1)
     stream.x, stream.bias = laid(x.transpose(0, 1)[None]), late

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from wan22.kernels.dispatch import jit, launch, tl, use_triton
-from wan22.kernels.norm_silu import _rows_of_channels, sum_plain
+from wan22.kernels.norm_silu import rows_of_channels, sum_plain
 
 PIXELS = 16  # of one program
 
@@ -21,7 +21,7 @@ def double_pixels(x: Tensor, y: Tensor | None, bias: Tensor | None, each: int, d
     """
     channels, (frames, height, width) = x.shape[1] // each, x.shape[2:]
     given = [one for one in (x, y) if one is not None]
-    if not use_triton(x) or not all(map(_rows_of_channels, given)):
+    if not use_triton(x) or not all(map(rows_of_channels, given)):
         return double_pixels_plain(x, y, bias, each, dtype)
     shape = (frames * each, channels, 2 * height, 2 * width)
     out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)

@@ -25,7 +25,7 @@ def norm_silu(
     leaves to a pass of its own) and a sum read and write twice more each.
     """
     given = [one for one in (x, out, y, total) if one is not None]
-    if not use_triton(x) or not all(map(_rows_of_channels, given)) or len(x) != 1:
+    if not use_triton(x) or not all(map(rows_of_channels, given)) or len(x) != 1:
         _plain(x, gamma, out, y, bias, total)
         return
     channels = x.shape[1]
@@ -62,7 +62,7 @@ def _plain(
     out.copy_(x if gamma is None else norm_silu_plain(x, gamma))
 
 
-def _rows_of_channels(x: Tensor) -> bool:
+def rows_of_channels(x: Tensor) -> bool:
     """Whether each pixel's channels lie side by side, and the pixels one after the other."""
     return x.permute(0, 2, 3, 4, 1).is_contiguous()
 
